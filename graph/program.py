@@ -1,0 +1,145 @@
+"""Program: the stages of a captured VLM, the facts about it, and its KV table."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .errors import GraphError
+
+STAGES = ("vision", "prefill", "decode")
+
+
+@dataclass
+class Stage:
+    """One graph with named inputs and outputs. Parameters are `get_attr` nodes; every node carries `meta["val"]` (a fake tensor or SymInt).
+
+    `module(*inputs)` runs it eagerly and is differentiable. Inputs are the placeholders in order; the output is a flat tuple.
+    """
+
+    module: GraphModule
+    outputs: list[str]
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        return self.module.graph
+
+    @property
+    def inputs(self) -> list[str]:
+        return [n.meta.get("name", n.name) for n in self.graph.nodes if n.op == "placeholder"]
+
+    def placeholder(self, name: str) -> Node:
+        for n in self.graph.nodes:
+            if n.op == "placeholder" and n.meta.get("name", n.name) == name:
+                return n
+        raise GraphError(f"stage: no input {name!r}; it has {self.inputs}")
+
+    @property
+    def output_nodes(self) -> dict[str, Node]:
+        """name -> the node that is returned under it"""
+        values = next(n for n in reversed(self.graph.nodes) if n.op == "output").args[0]
+        return dict(zip(self.outputs, values, strict=True))
+
+    def add_output(self, name: str, node: Node) -> None:
+        out = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        out.args = ((*out.args[0], node),)
+        self.outputs.append(name)
+
+    def run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """feeds by input name -> outputs by name; a missing or unknown name is an error."""
+        names = self.inputs
+        if set(names) != set(feeds):
+            raise GraphError(f"stage: inputs missing {sorted(set(names) - set(feeds))}, unknown {sorted(set(feeds) - set(names))}")
+        return dict(zip(self.outputs, self.module(*[feeds[n] for n in names]), strict=True))
+
+    def clone(self) -> Stage:
+        """A copy of the graph over the same parameters."""
+        module = GraphModule(self.module, copy.copy(self.graph))
+        module.meta = dict(self.module.meta)
+        return Stage(module, list(self.outputs))
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One cached attention layer. `length` is the number of rows after prefill, as an expression in the prefill's symbols (S, N)."""
+
+    layer: int
+    heads: int
+    head_dim: int
+    value_dim: int
+    length: str = "S"
+    format: str = "float"
+    window: int = 0
+    segment: int = 0  # layers of one segment hold the same tokens
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is true of the model and is needed at run time, where there is no modelling code. All JSON-able."""
+
+    model_type: str
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    layer_path: str  # regex over nn_module_stack paths; group 1 is the layer index
+    vision_layer_path: str = ""
+    dtype: str = "float32"
+    positions: dict[str, Any] = field(default_factory=lambda: {"kind": "linear"})  # how the runtime makes position_ids
+    features: tuple[str, ...] = ("image_features",)  # per-image outputs of vision that prefill takes, each [B, N, D]
+    vision_grid: tuple[int, int] | None = None  # patches (rows, columns) per image, when fixed
+    has_cls: bool = False  # vision tokens start with a CLS token
+    tokens_per_image: int | None = None  # what the processor writes into the prompt, when fixed
+    features_per_image: int | None = None  # what the vision stage returns now (a pass may lower it); None = as the processor says
+    min_visual: int = 0  # the prefill needs at least this many visual rows (the runtime pads with empty ones)
+    prefill_extra: tuple[str, ...] = ()  # family inputs of prefill beyond the contract
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One line of a program's history."""
+
+    name: str
+    parameters: dict[str, Any]
+    changed: bool
+    matches: int
+    nodes: tuple[int, int]
+    tokens: dict[str, str]  # site -> expression of the sequence length after it
+    ms: float
+
+
+@dataclass
+class Program:
+    """Stages + facts + KV table + history. Passes edit the graphs in place and replace the facts."""
+
+    stages: dict[str, Stage]
+    facts: Facts
+    kv: list[KVLayer]
+    history: list[PassRecord] = field(default_factory=list)
+    example: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # stage -> real inputs it was captured with
+
+    def __getitem__(self, stage: str) -> Stage:
+        try:
+            return self.stages[stage]
+        except KeyError:
+            raise GraphError(f"program: no stage {stage!r}; it has {list(self.stages)}") from None
+
+    def clone(self) -> Program:
+        """Independent graphs over shared parameters."""
+        return replace(self, stages={n: s.clone() for n, s in self.stages.items()}, kv=list(self.kv), history=list(self.history), example=dict(self.example))
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every distinct parameter or buffer once, by its first name."""
+        seen: set[int] = set()
+        for stage in self.stages.values():
+            for name, tensor in [*stage.module.named_parameters(), *stage.module.named_buffers()]:
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield name, tensor
