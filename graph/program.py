@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,9 +58,9 @@ class Stage:
 
     def clone(self) -> Stage:
         """A copy of the graph over the same parameters."""
-        module = GraphModule(self.module, copy.copy(self.graph))
-        module.meta = dict(self.module.meta)
-        return Stage(module, list(self.outputs))
+        graph = torch.fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return Stage(GraphModule(self.module, graph), list(self.outputs))
 
 
 @dataclass(frozen=True)

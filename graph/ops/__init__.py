@@ -3,6 +3,8 @@
     attention           q, k, v -> context, one node per layer (GQA, masks, windows, soft cap inside)
     attention_varlen    the same for packed vision segments
     attention_rows      probabilities of chosen query rows only: the score tap
+    top_tokens          mark the k best tokens of a row
+    compact_tokens      a keep mask as a gather index
     keep_tokens         gather K of T tokens
     merge_tokens        weighted sums of groups of tokens
     insert_tokens       put learned tokens between others

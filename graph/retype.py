@@ -1,0 +1,71 @@
+"""Re-derive every node's `meta["val"]` after an edit: shapes are computed from the graph, never patched by hand."""
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Node
+
+from .errors import GraphError
+from .program import Stage
+
+
+def fake_mode(stage: Stage) -> FakeTensorMode:
+    """The mode that the stage's own placeholders live in (its symbols are the program's symbols)."""
+    for node in stage.graph.nodes:
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), FakeTensor):
+            return node.meta["val"].fake_mode
+    raise GraphError("retype: no placeholder carries a fake tensor; was this stage captured?")
+
+
+def retype(stage: Stage) -> int:
+    """Recompute new nodes, readers that were given another input, and all downstream whose type changed; returns how many were recomputed.
+
+    A node that cannot be computed (shapes disagree after a rewrite) is a GraphError naming node, target and cause.
+    """
+    mode = fake_mode(stage)
+    dirty: set[Node] = set()
+    count = 0
+    for node in stage.graph.nodes:
+        if node.op == "get_attr" and "val" not in node.meta:
+            node.meta["val"] = mode.from_tensor(_attribute(stage, str(node.target)), static_shapes=True)
+        fresh = "val" in node.meta and not node.meta.pop("stale", False)
+        if node.op != "call_function" or (fresh and dirty.isdisjoint(node.all_input_nodes)):
+            continue
+        count += 1
+        value = _compute(node, mode)
+        if "val" not in node.meta or _type(node.meta["val"]) != _type(value):
+            dirty.add(node)
+        node.meta["val"] = value
+    return count
+
+
+def reroute(reader: Node, old: Node, new: Any) -> None:
+    """Let `reader` read `new` where it read `old`; the next `retype` looks at it again."""
+    reader.args, reader.kwargs = torch.fx.node.map_arg((reader.args, reader.kwargs), lambda n: new if n is old else n)
+    reader.meta["stale"] = True
+
+
+def _compute(node: Node, mode: FakeTensorMode) -> Any:
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    try:
+        with mode, torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as cause:
+        shapes = [str(tuple(a.meta["val"].shape)) if isinstance(a.meta["val"], torch.Tensor) else str(a.meta["val"]) for a in node.all_input_nodes]
+        raise GraphError(f"retype: {node.format_node()} does not fit its inputs {shapes}: {cause}") from cause
+
+
+def _type(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(str(d) for d in value.shape), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(_type(v) for v in value)
+    return str(value)
+
+
+def _attribute(stage: Stage, path: str) -> torch.Tensor:
+    value: Any = stage.module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

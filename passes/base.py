@@ -1,0 +1,86 @@
+"""Pass, the registry, and the error: the whole framework."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ..graph.errors import FoveateError
+from ..graph.program import Program
+
+PASSES: dict[str, type[Pass]] = {}
+
+
+class PassError(FoveateError):
+    """A pass cannot be built or does not apply. Names the pass, what was found, what was possible."""
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A rewrite. A frozen dataclass: its fields are its YAML and command-line parameters, `name` is its file name in kebab-case."""
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.__dict__.get("name"):
+            return  # a base, not a pass
+        known = PASSES.get(cls.name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise PassError(f"{cls.name}: two passes of this name, in {known.__module__} and {cls.__module__}")
+        PASSES[cls.name] = cls
+
+    @abstractmethod
+    def run(self, program: Program) -> bool:
+        """Rewrite in place; True if anything changed. Not applicable is a PassError, nothing left to do is False."""
+
+    def fail(self, found: str) -> PassError:
+        return PassError(f"{self.name}: {found}")
+
+    def parameters(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def discover(folder: Path | None = None) -> dict[str, type[Pass]]:
+    """Import every method (and, given a folder of .py files, those too); returns name -> pass."""
+    from . import methods
+
+    for module in pkgutil.iter_modules(methods.__path__, f"{methods.__name__}."):
+        importlib.import_module(module.name)
+    for file in sorted(folder.glob("*.py")) if folder else []:
+        spec = importlib.util.spec_from_file_location(f"{methods.__name__}.{file.stem}", file)  # its `from ..select import` works as at home
+        assert spec and spec.loader
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return dict(sorted(PASSES.items()))
+
+
+def make(name: str, parameters: dict[str, Any] | None = None) -> Pass:
+    """The pass of that name with these parameters; an unknown name or parameter is a PassError with the nearest known one."""
+    known = discover()
+    if name not in known:
+        raise PassError(f"{name}: no such pass{did_you_mean(name, known)}; passes are {', '.join(known)}")
+    fields = list(known[name].__dataclass_fields__)
+    for key in parameters or {}:
+        if key not in fields:
+            raise PassError(f"{name}: no parameter {key!r}{did_you_mean(key, fields)}; parameters are {', '.join(fields)}")
+    try:
+        return TypeAdapter(known[name]).validate_python(parameters or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise PassError(f"{name}: parameter {where}: {first['msg'].lower()}, got {first.get('input')!r}") from None
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
