@@ -108,9 +108,8 @@ class PassRecord:
     name: str
     parameters: dict[str, Any]
     changed: bool
-    matches: int
     nodes: tuple[int, int]
-    tokens: dict[str, str]  # site -> expression of the sequence length after it
+    tokens: dict[str, str]  # layer -> expression of its sequence length after the pass
     ms: float
 
 

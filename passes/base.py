@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import pkgutil
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ class Pass(ABC):
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    may_be_idle: ClassVar[bool] = False  # changing nothing is a normal outcome (clean-ups), not a recipe that does nothing
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -69,16 +70,16 @@ def make(name: str, parameters: dict[str, Any] | None = None) -> Pass:
     known = discover()
     if name not in known:
         raise PassError(f"{name}: no such pass{did_you_mean(name, known)}; passes are {', '.join(known)}")
-    fields = list(known[name].__dataclass_fields__)
+    allowed = [f.name for f in fields(known[name])]
     for key in parameters or {}:
-        if key not in fields:
-            raise PassError(f"{name}: no parameter {key!r}{did_you_mean(key, fields)}; parameters are {', '.join(fields)}")
+        if key not in allowed:
+            raise PassError(f"{name}: no parameter {key!r}{did_you_mean(key, allowed)}; parameters are {', '.join(allowed) or 'none'}")
     try:
         return TypeAdapter(known[name]).validate_python(parameters or {})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        raise PassError(f"{name}: parameter {where}: {first['msg'].lower()}, got {first.get('input')!r}") from None
+        causes = "; or ".join(dict.fromkeys(e["msg"].lower() for e in error.errors() if e["loc"][:1] == first["loc"][:1]))
+        raise PassError(f"{name}: parameter {first['loc'][0]}: {causes}, got {first.get('input')!r}") from None
 
 
 def did_you_mean(word: str, known: Any) -> str:

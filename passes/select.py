@@ -21,8 +21,15 @@ from .base import Pass
 from .cut import cut, require_visual
 
 F = torch.ops.foveate
+Layer = Annotated[int, Ge(0)]
 Keep = Annotated[int, Ge(1)] | Annotated[float, Field(gt=0, le=1)]
+ATTENTION_TAPS = ("q", "k", "v", "mask", "scale", "causal", "softcap")
 SHARE = 1000  # shares are whole thousandths, so that a symbolic budget is integer arithmetic
+
+
+def last_valid(valid: Tensor) -> Tensor:
+    """valid[B, T] bool  ->  [B, 1]: the position of the last valid token"""
+    return torch.where(valid, torch.arange(valid.shape[1], device=valid.device)[None], 0).amax(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,12 @@ class Select(Pass):
     rewrite:
         h[B, T, D], masks, cos, sin, ...  ->  i = compact(text or top(score, keep))[B, T - n + keep], and each of them gathered by i
 
-    keep: visual tokens per sample (int), or a share of the visual length in (0, 1], to a thousandth, rounded up.
+    keep: visual tokens per sample (int), or a share of the sample's visual tokens in (0, 1], to a thousandth, rounded up.
+    The last token of the prompt is never dropped, even if it is visual: it predicts the answer.
     A method overrides `score`; the names of its arguments say what it taps (see `taps`). A sample with fewer visual tokens keeps them all.
     """
 
-    layer: Annotated[int, Ge(0)]
+    layer: Layer
     keep: Keep
 
     @abstractmethod
@@ -70,7 +78,10 @@ class Select(Pass):
             text = ids.shape[1] - features.shape[1]
             count = self.count(hidden.shape[1] - text)
             score = self.score(**dict(zip(taps, values, strict=True))).float()
-            best = F.top_tokens(torch.where(visual & valid, score, float("-inf")), count)
+            present = visual & valid
+            score = torch.where(torch.arange(valid.shape[1], device=valid.device)[None] == last_valid(valid), float("inf"), score)
+            budget = None if isinstance(self.keep, int) else self.count(present.sum(1))
+            best = F.top_tokens(torch.where(present, score, float("-inf")), count, budget)
             return valid & (~visual | best), text + count, count
 
         return splice(stage, where.first, select, *inputs, *taps.values())
@@ -82,6 +93,8 @@ class Select(Pass):
     def _named_taps(self, program: Program, where: Site) -> dict[str, Any]:
         names, found = list(inspect.signature(self.score).parameters), self.taps(program, where)
         if unknown := [n for n in names if n not in found]:
+            if set(unknown) <= set(ATTENTION_TAPS):
+                raise self.fail(f"reads the attention before layer {where.layer}, and there is none; the first layer it can cut at is {where.layer + 1}")
             raise self.fail(f"score asks for {unknown}; layer {where.layer} has the taps {sorted(found)}")
         return {n: found[n] for n in names}
 
@@ -98,7 +111,7 @@ class Select(Pass):
                 attention = node
         if attention is not None:
             q, k, v, mask, _, _, scale, causal, _, softcap, _ = attention.args
-            found |= {"q": q, "k": k, "v": v, "mask": mask, "scale": scale, "causal": causal, "softcap": softcap}
+            found |= dict(zip(ATTENTION_TAPS, (q, k, v, mask, scale, causal, softcap), strict=True))
         return found
 
     def _check_keep(self, program: Program) -> None:

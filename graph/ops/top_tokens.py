@@ -7,8 +7,14 @@ from ._define import op
 
 
 @op
-def top_tokens(score: Tensor, k: int) -> Tensor:
-    """score[B, T], 0 <= k <= T  ->  mask[B, T] bool: True for the k largest of each row; ties go to the lower index, NaN ranks last"""
+def top_tokens(score: Tensor, k: int, budget: Tensor | None) -> Tensor:
+    """score[B, T], 0 <= k <= T  ->  mask[B, T] bool: True for the k largest of each row, or the budget[b] largest where that is fewer
+
+    Ties go to the lower index, NaN ranks last.
+    """
     score = torch.where(score.isnan(), float("-inf"), score.float())
     best = score.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return torch.zeros_like(score, dtype=torch.bool).scatter(1, best, torch.ones_like(best, dtype=torch.bool))
+    within = torch.ones_like(best, dtype=torch.bool)
+    if budget is not None:
+        within = torch.arange(best.shape[1], device=score.device)[None] < budget[:, None]
+    return torch.zeros_like(score, dtype=torch.bool).scatter(1, best, within.expand(best.shape))

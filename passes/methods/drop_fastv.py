@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..select import Keep, Select
+from ..select import Keep, Layer, Select, last_valid
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,8 @@ class DropFastV(Select):
     name: ClassVar[str] = "drop-fastv"
     paper: ClassVar[str] = "arXiv:2403.06764"
 
-    layer: int = 2
+    layer: Layer = 2
     keep: Keep = 0.5
 
     def score(self, q: Tensor, k: Tensor, mask: Tensor | None, valid: Tensor, scale: float, causal: bool, softcap: float) -> Tensor:
-        position = torch.arange(valid.shape[1], device=valid.device)[None]
-        last = torch.where(valid, position, 0).amax(1, keepdim=True)
-        return torch.ops.foveate.attention_rows(q, k, mask, last, scale, causal, softcap)[:, :, 0].mean(1)
+        return torch.ops.foveate.attention_rows(q, k, mask, last_valid(valid), scale, causal, softcap)[:, :, 0].mean(1)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..select import Keep, Select
+from ..select import Keep, Layer, Select
 
 MODULUS = 2**31 - 1
 
@@ -23,7 +23,7 @@ class DropRandom(Select):
 
     name: ClassVar[str] = "drop-random"
 
-    layer: int = 2
+    layer: Layer = 2
     keep: Keep = 0.5
     seed: int = 0
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..select import Keep, Select
+from ..select import Keep, Layer, Select
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class DropUniform(Select):
 
     name: ClassVar[str] = "drop-uniform"
 
-    layer: int = 2
+    layer: Layer = 2
     keep: Keep = 0.5
 
     def score(self, visual: Tensor, valid: Tensor) -> Tensor:
