@@ -1,0 +1,244 @@
+"""How attention and the KV cache are spelt for TensorRT, on the FX graphs: every rule was found by building engines and reading their kernels.
+
+    respell(program, batch_one)     in place, all stages
+
+Prefill and vision keep one attention node per layer, which becomes TensorRT's fused attention. That kernel takes a causal flag or an additive
+mask, not both; a boolean mask costs seven extra kernels per mask; a soft cap, unequal key and value widths, float32, and head widths off the
+grid (16 to 256 in eights) have no kernel and are spelt out.
+Decode is spelt out always: products around a float32 softmax, keys expanded over their group, fold with the concatenation of past and new rows
+into one kernel per layer; the fused op would copy the cache first. They fold only when the batch is fixed. For batch 1 the caller binds exactly
+the valid rows, so the mask goes, and the kernel reads eight values at a time instead of one.
+The cache is token-major, [B, P, G, D]: with batch 1 a new row is written right behind the past, with no copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ...graph.ops.attention import attention as ATTENTION
+from ...graph.ops.attention_varlen import attention_varlen as ATTENTION_VARLEN
+from ...graph.ops.keep_tokens import keep_tokens as KEEP
+from ...graph.ops.kv_append import kv_append as APPEND
+from ...graph.ops.kv_mask import kv_mask as KV_MASK
+from ...graph.program import Program, Stage
+from ...graph.retype import retype
+
+aten = torch.ops.aten
+SEEN, UNSEEN = 0.0, -30000.0  # an additive mask in float16: below any logit, and the sum with one stays finite
+HIDDEN = -1e30  # in float32, as the dialect's own attention
+FUSED_WIDTHS = range(16, 257, 8)
+
+
+def respell(program: Program, batch_one: bool) -> None:
+    """Rewrite the attention of every stage, and lay the cache out token-major."""
+    for name, stage in program.stages.items():
+        _Respelling(stage, decode=name == "decode", batch_one=batch_one).run()
+        if name != "vision":
+            token_major(stage)
+        stage.graph.eliminate_dead_code()
+        retype(stage)
+        stage.graph.lint()
+        stage.module.recompile()
+
+
+def fusable(node: Node) -> str | None:
+    """Why TensorRT has no fused kernel for this attention node; None when it has one."""
+    q, k, v = (a.meta["val"] for a in node.args[:3])
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"{str(q.dtype).removeprefix('torch.')} inputs"
+    if q.shape[3] not in FUSED_WIDTHS:
+        return f"head width {q.shape[3]} (fused: {FUSED_WIDTHS.start} to {FUSED_WIDTHS.stop - 1} in steps of {FUSED_WIDTHS.step})"
+    if v.shape[3] != k.shape[3]:
+        return f"values {v.shape[3]} wide beside keys {k.shape[3]} wide"
+    if node.target is ATTENTION and node.args[9]:
+        return f"a soft cap of {node.args[9]}"
+    if q.shape[2] == 1:
+        return "one query"
+    return None
+
+
+class _Respelling:
+    def __init__(self, stage: Stage, decode: bool, batch_one: bool) -> None:
+        self.stage, self.graph, self.decode, self.batch_one = stage, stage.graph, decode, batch_one
+        self.masks: dict[tuple[Any, ...], Node] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.target is ATTENTION_VARLEN:
+                node = self._as_attention(node)
+            if node.target is ATTENTION:
+                self._attention(node)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        made = self.graph.call_function(target, args, kwargs)
+        made.meta.update(self.tags)
+        return made
+
+    def _attention(self, node: Node) -> None:
+        self.tags = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "layer")}
+        q, k, v, mask, q_pos, k_pos, scale, causal, window, softcap, _layer = node.args
+        if self.decode and self.batch_one and isinstance(mask, Node) and mask.target is KV_MASK:
+            mask = None
+        if not self.decode and not window and causal and is_padding(mask) and q_pos is k_pos:
+            mask = q_pos = k_pos = None  # valid rows come first: a causal query never sees padding, and order is kept by every cut
+        with self.graph.inserting_before(node):
+            if self.decode or fusable(node):
+                new = self._spelt_out(node, q, k, v, mask, q_pos, k_pos, scale, causal, window, softcap)
+            elif mask is None and not window:
+                node.args = (q, k, v, None, None, None, scale, causal, 0, softcap, _layer)
+                return
+            else:
+                added = self._added(node, mask, q_pos, k_pos, causal, window)
+                node.args = (q, k, v, added, None, None, scale, False, 0, softcap, _layer)
+                return
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+
+    def _spelt_out(self, node: Node, q: Any, k: Any, v: Any, mask: Any, q_pos: Any, k_pos: Any,
+                   scale: float, causal: bool, window: int, softcap: float) -> Node:
+        """softmax(q k^T) v, the softmax in float32; scaled before the product, whose float16 sum would otherwise end at 65504."""
+        narrow = q.meta["val"].dtype
+        groups = q.meta["val"].shape[1] // k.meta["val"].shape[1]
+        q = self.call(aten.mul.Tensor, q, scale)
+        k, v = self._expanded(k, groups), self._expanded(v, groups)
+        logits = self.call(aten.matmul.default, q, self.call(aten.transpose.int, k, 2, 3))
+        if narrow != torch.float32:
+            logits = self.call(aten.to.dtype, logits, torch.float32)
+        if softcap:
+            logits = self.call(aten.mul.Tensor, self.call(aten.tanh.default, self.call(aten.div.Tensor, logits, softcap)), softcap)
+        if isinstance(mask, Node) and mask.meta["val"].is_floating_point():
+            logits, mask = self.call(aten.add.Tensor, logits, mask), None
+        hidden = self._hidden(mask, q.args[0], k, q_pos, k_pos, causal, window)
+        if hidden is not None:
+            logits = self.call(aten.masked_fill.Scalar, logits, hidden, HIDDEN)
+        p = self.call(aten.softmax.int, logits, -1)
+        if narrow != torch.float32:
+            p = self.call(aten.to.dtype, p, narrow)
+        return self.call(aten.transpose.int, self.call(aten.matmul.default, p, v), 1, 2)
+
+    def _expanded(self, x: Node, groups: int) -> Node:
+        if groups == 1:
+            return x
+        x = self.call(aten.expand.default, self.call(aten.unsqueeze.default, x, 2), [-1, -1, groups, -1, -1])
+        return self.call(aten.flatten.using_ints, x, 1, 2)
+
+    def _added(self, node: Node, mask: Any, q_pos: Any, k_pos: Any, causal: bool, window: int) -> Node:
+        """The additive mask [B or 1, 1 or H, S, T] in the type of q; layers that say the same share it."""
+        key = (mask, q_pos, k_pos, causal, window)
+        if key not in self.masks:
+            q, k = node.args[0], node.args[1]
+            narrow = q.meta["val"].dtype
+            if isinstance(mask, Node) and mask.meta["val"].is_floating_point():
+                base = self.call(aten.to.dtype, self.call(aten.clamp.default, mask, UNSEEN), narrow)
+                hidden = self._hidden(None, q, k, q_pos, k_pos, causal, window)
+                self.masks[key] = base if hidden is None else self.call(aten.masked_fill.Scalar, base, hidden, UNSEEN)
+            else:
+                hidden = self._hidden(mask, q, k, q_pos, k_pos, causal, window)
+                self.masks[key] = self.call(aten.mul.Tensor, self.call(aten.to.dtype, hidden, narrow), UNSEEN)
+        return self.masks[key]
+
+    def _hidden(self, mask: Any, q: Node, k: Node, q_pos: Any, k_pos: Any, causal: bool, window: int) -> Node | None:
+        """Which logits a query must not see, bool[B or 1, 1 or H, S or 1, T]; None when it sees all."""
+        hidden = None
+        if isinstance(mask, Node):
+            if mask.meta["val"].dim() == 2:
+                mask = self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, mask, 1), 1)
+            hidden = self.call(aten.logical_not.default, mask)
+        if causal:
+            distance = self._distance(q, k, q_pos, k_pos)
+            late = self.call(aten.lt.Scalar, distance, 0)
+            if window:
+                late = self.call(aten.logical_or.default, late, self.call(aten.ge.Scalar, distance, window))
+            hidden = late if hidden is None else self.call(aten.logical_or.default, hidden, late)
+        return hidden
+
+    def _distance(self, q: Node, k: Node, q_pos: Any, k_pos: Any) -> Node:
+        """How far back key t is of query s: [B or 1, 1, S, T]."""
+        if q_pos is None or k_pos is None:
+            S, T = self.call(aten.sym_size.int, q, 2), self.call(aten.sym_size.int, k, 2)
+            k_pos = self.call(aten.unsqueeze.default, self.call(aten.arange.default, T), 0)
+            q_pos = self.call(aten.slice.Tensor, k_pos, 1, self.call(_difference, T, S))
+        q_pos = self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, q_pos, 1), 3)
+        k_pos = self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, k_pos, 1), 1)
+        return self.call(aten.sub.Tensor, q_pos, k_pos)
+
+    def _as_attention(self, node: Node) -> Node:
+        """Packed segments as a mask: token i sees the tokens of its own segment."""
+        self.tags = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "layer")}
+        q, k, v, cu_seqlens, scale, layer = node.args
+        key = ("segments", cu_seqlens)
+        with self.graph.inserting_before(node):
+            if key not in self.masks:
+                at = self.call(aten.unsqueeze.default, self.call(aten.arange.default, self.call(aten.sym_size.int, q, 2)), 1)
+                ends = self.call(aten.unsqueeze.default, self.call(aten.slice.Tensor, cu_seqlens, 0, 1), 0)
+                segment = self.call(aten.sum.dim_IntList, self.call(aten.to.dtype, self.call(aten.ge.Tensor, at, ends), torch.int64), [1])
+                same = self.call(aten.eq.Tensor, self.call(aten.unsqueeze.default, segment, 1), self.call(aten.unsqueeze.default, segment, 0))
+                self.masks[key] = self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, same, 0), 0)
+                retype(self.stage)
+            new = self.call(ATTENTION, q, k, v, self.masks[key], None, None, scale, False, 0, 0.0, layer)
+        new.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+        return new
+
+
+def is_padding(mask: Any) -> bool:
+    """Is this mask made of the prompt's padding mask alone? Then valid rows are a prefix: prompts are padded on the right, and a cut puts kept tokens first."""
+    if not isinstance(mask, Node):
+        return False
+    if mask.op == "placeholder":
+        return mask.meta.get("name", mask.name) == "attention_mask"
+    if mask.meta.get("role") == "valid":
+        return True
+    if mask.op != "call_function":
+        return False
+    if mask.target in (aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor):
+        return all(is_padding(a) for a in mask.args[:2])
+    one = (KEEP, aten.ne.Scalar, aten.gt.Scalar, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.alias.default, aten.to.device)
+    return mask.target in one and is_padding(mask.args[0])
+
+
+def _difference(a: Any, b: Any) -> Any:
+    return a - b
+
+
+# ** the cache, token-major **
+
+def token_major(stage: Stage) -> None:
+    """past_k, past_v [B, G, P, D] -> [B, P, G, D] at the inputs, and new rows likewise at the outputs."""
+    for node in list(stage.graph.nodes):
+        if node.op == "placeholder" and node.meta.get("name", node.name).startswith(("past_k.", "past_v.")):
+            _turn_input(stage, node)
+    out = next(n for n in reversed(stage.graph.nodes) if n.op == "output")
+    values = []
+    for name, value in zip(stage.outputs, out.args[0], strict=True):
+        if name.startswith(("k.", "v.")):
+            with stage.graph.inserting_before(out):
+                value = stage.graph.call_function(aten.transpose.int, (value, 1, 2))
+        values.append(value)
+    out.args = (tuple(values),)
+
+
+def _turn_input(stage: Stage, past: Node) -> None:
+    """The concatenation happens token-major, and its result is turned: past rows are never copied on their own."""
+    readers = list(past.users)
+    old = past.meta["val"]
+    with old.fake_mode:
+        past.meta["val"] = torch.empty_like(old.transpose(1, 2), memory_format=torch.contiguous_format)
+    turned = None
+    for reader in readers:
+        if reader.target is APPEND and reader.args[0] is past:
+            with stage.graph.inserting_before(reader):
+                new = stage.graph.call_function(aten.transpose.int, (reader.args[1], 1, 2))
+                joined = stage.graph.call_function(aten.cat.default, ([past, new], 1))
+                whole = stage.graph.call_function(aten.transpose.int, (joined, 1, 2))
+            reader.replace_all_uses_with(whole)
+            stage.graph.erase_node(reader)
+            continue
+        if turned is None:
+            with stage.graph.inserting_after(past):
+                turned = stage.graph.call_function(aten.transpose.int, (past, 1, 2))
+        reader.replace_input_with(past, turned)

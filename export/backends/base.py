@@ -1,0 +1,131 @@
+"""What a backend is, and how the backends are found."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ..errors import LowerError
+
+if TYPE_CHECKING:
+    from ...graph.program import Program
+    from ..artifact import Artifact
+
+Arrays = dict[str, np.ndarray]
+
+_FOUND: dict[str, type[Backend]] = {}
+
+
+class Backend(ABC):
+    """One target. A subclass with a `name` is registered as soon as its file is imported.
+
+    fuses: names of the dialect ops that the target has its own spelling for; every other op reaches it as its reference body.
+    options: name -> default of what the user may set; anything else is refused by name.
+    """
+
+    name: ClassVar[str] = ""
+    fuses: ClassVar[frozenset[str]] = frozenset()
+    options: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.name:
+            _FOUND[cls.name] = cls
+
+    def available(self) -> str | None:
+        """Why this machine cannot build for or run the target; None if it can."""
+        return None
+
+    def check(self, program: Program, options: Mapping[str, Any]) -> list[str]:
+        """Limits that are known before anything is built: one sentence each, empty if the program can be lowered."""
+        return []
+
+    @abstractmethod
+    def lower(self, program: Program, folder: Path, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Write the components under `folder` (an artifact in the making); returns the manifest's `components`: stage -> {file, inputs, outputs, ...}."""
+
+    @abstractmethod
+    def open(self, artifact: Artifact) -> Engine:
+        """Load the components of an artifact of this target."""
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with their defaults; an unknown one is a LowerError."""
+        for key in given:
+            if key not in self.options:
+                near = difflib.get_close_matches(key, self.options, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {sorted(self.options)}"
+                raise LowerError(f"{self.name}: no option {key!r}{hint}")
+        return {**self.options, **given}
+
+
+class Cache(ABC):
+    """The keys and values of one batch, on the backend's side."""
+
+    lengths: np.ndarray  # [cached layers, B]: valid rows
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held by the buffers."""
+
+
+class Engine(ABC):
+    """The loaded stages of an artifact. Arrays by contract name in and out."""
+
+    @abstractmethod
+    def vision(self, feeds: Arrays) -> Arrays: ...
+
+    @abstractmethod
+    def prefill(self, feeds: Arrays, capacity: int) -> tuple[Arrays, Cache]:
+        """The outputs except keys and values (logits[B, V], kv_lengths, kept.*), and a cache with room for at least `capacity` rows more."""
+
+    @abstractmethod
+    def decode(self, cache: Cache, input_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
+        """One token per row: input_ids[B, 1] -> logits[B, V]; the cache grows by one row in place."""
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+
+
+def backends() -> dict[str, type[Backend]]:
+    """Every backend by name: the files of this folder, and those given to `register_file`."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name != "base":
+            importlib.import_module(f"{__package__}.{module.name}")
+    return dict(_FOUND)
+
+
+def register_file(path: str | Path) -> list[str]:
+    """Import a python file with a backend in it, from anywhere; returns the names that it adds."""
+    path = Path(path)
+    if not path.is_file():
+        raise LowerError(f"backends: {path} is no file")
+    before = set(backends())
+    spec = importlib.util.spec_from_file_location(f"foveate_backend_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise LowerError(f"backends: {path} cannot be imported as python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    added = sorted(set(_FOUND) - before)
+    if not added:
+        raise LowerError(f"backends: {path.name} defines no new subclass of Backend with a name; known are {sorted(before)}")
+    return added
+
+
+def find(name: str) -> Backend:
+    """The backend of this name."""
+    known = backends()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise LowerError(f"backends: no target {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {sorted(known)}"))
+    return known[name]()

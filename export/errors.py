@@ -1,0 +1,7 @@
+"""The error of this folder: a program cannot be lowered, or an artifact is not what it says."""
+
+from ..graph.errors import FoveateError
+
+
+class LowerError(FoveateError):
+    """A target cannot take a program, or an artifact cannot be written or trusted."""

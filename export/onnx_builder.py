@@ -1,0 +1,189 @@
+"""An ONNX graph in the making: nodes, constants and initializers, each made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from onnx import GraphProto, NodeProto, TensorProto, helper
+from torch import Tensor
+from torch.fx import Node
+
+from .errors import LowerError
+from .onnx_weights import WeightFile, raw_bytes
+
+DTYPES = {
+    torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16, torch.float64: TensorProto.DOUBLE,
+    torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32, torch.int16: TensorProto.INT16, torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8, torch.bool: TensorProto.BOOL,
+}
+INLINE = 1024  # bytes; a smaller initializer stays in the .onnx file
+END = 2**63 - 1  # "to the end" of a Slice
+
+Value = Any  # the name of an ONNX value, a list of them (several outputs), or None
+Emitter = Callable[..., Value]  # (builder, fx node, *arguments in schema order) -> Value
+
+
+class Builder:
+    """Collects one graph. `op` adds a node and returns the name of its output; equal nodes (same op, inputs, attributes) are added once.
+
+    Symbolic sizes are int64 tensors of shape [1], so that they concatenate into shapes without unsqueezing.
+    """
+
+    def __init__(self, weights: WeightFile | None) -> None:
+        self.nodes: list[NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self.env: dict[Node, Value] = {}
+        self.tensors: dict[str, Tensor] = {}  # parameters by get_attr target
+        self.weights = weights
+        self.alias: dict[str, str] = {}  # get_attr target -> the first name of the same tensor
+        self.read_raw: set[str] = set()  # parameters that something reads as they are: a transposed copy of them would be a second one
+        self.path = ""  # module path of the FX node being translated: prefix of ONNX node names
+        self._memo: dict[Any, list[str]] = {}
+        self._count = 0
+        self._constants: dict[str, Tensor] = {}
+
+    # nodes
+
+    def op(self, kind: str, *inputs: str | None, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+        """Add a node; None is an omitted input. One name, or a list when outputs > 1."""
+        names = [i or "" for i in inputs]
+        while names and not names[-1]:
+            names.pop()
+        attributes = {k: v for k, v in attributes.items() if v is not None}
+        key = (kind, domain, outputs, tuple(names), tuple((k, _hashable(v)) for k, v in sorted(attributes.items())))
+        if key not in self._memo:
+            made = [self.fresh(kind) for _ in range(outputs)]
+            self.nodes.append(helper.make_node(kind, names, made, name=f"{self.path}{kind}_{self._count}", domain=domain, **attributes))
+            self._memo[key] = made
+        made = self._memo[key]
+        return made[0] if outputs == 1 else list(made)
+
+    def fresh(self, kind: str) -> str:
+        self._count += 1
+        return f"{self.path}{kind.lower()}_{self._count}"
+
+    # constants and weights
+
+    def const(self, value: Any, dtype: torch.dtype | None = None) -> str:
+        """A constant from a python number, a list or a tensor, in the graph itself."""
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+        key = ("const", tensor.dtype, tuple(tensor.shape), raw_bytes(tensor))
+        if key not in self._memo:
+            name = self.fresh("const")
+            self.initializers[name] = self._inline(name, tensor)
+            self._constants[name] = tensor
+            self._memo[key] = [name]
+        return self._memo[key][0]
+
+    def constant_of(self, name: str) -> Tensor | None:
+        """The value of a small constant made by `const`, or None."""
+        return self._constants.get(name)
+
+    def ints(self, *values: int) -> str:
+        """A 1-D int64 constant."""
+        return self.const(list(values), torch.int64)
+
+    def weight(self, *targets: str, transpose: bool = False) -> str:
+        """Parameters (by get_attr target) joined along dim 0, then transposed if asked, as one initializer."""
+        targets = tuple(self.alias.get(t, t) for t in targets)
+        parts = tuple(self.tensors[t] for t in targets)
+        name = "|".join(targets) + (".T" if transpose else "")
+        if name not in self.initializers:
+            self.initializers[name] = self._initializer(name, parts, transpose)
+        return name
+
+    def _initializer(self, name: str, parts: tuple[Tensor, ...], transpose: bool) -> TensorProto:
+        shape = [sum(p.shape[0] for p in parts), *parts[0].shape[1:]] if parts[0].dim() else []
+        shape = shape[::-1] if transpose else shape
+        size = sum(p.numel() * p.element_size() for p in parts)
+        if self.weights is None or size < INLINE and all(p.device.type != "meta" for p in parts):
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return self._inline(name, whole.t() if transpose else whole)
+        offset, length = self.weights.place(parts, transpose)
+        proto = TensorProto(name=name, data_type=onnx_type(parts[0].dtype), dims=shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", self.weights.path.name), ("offset", offset), ("length", length)):
+            proto.external_data.add(key=key, value=str(value))
+        return proto
+
+    def _inline(self, name: str, tensor: Tensor) -> TensorProto:
+        return TensorProto(name=name, data_type=onnx_type(tensor.dtype), dims=list(tensor.shape), raw_data=raw_bytes(tensor))
+
+    # arguments of FX nodes
+
+    def __call__(self, arg: Any) -> Value:
+        """The value of an FX node; a parameter becomes an initializer here, when it is first read as it is."""
+        if not isinstance(arg, Node):
+            raise LowerError(f"to_onnx: {arg!r} ({type(arg).__name__}) is no graph value")
+        if arg.op == "get_attr" and arg not in self.env:
+            return self.weight(str(arg.target))
+        return self.env[arg]
+
+    def tensor(self, arg: Any, dtype: torch.dtype) -> str:
+        """An operand as a tensor of `dtype`: a node (cast when it differs), a symbolic size, or a python number."""
+        if not isinstance(arg, Node):
+            return self.const(arg, dtype)
+        val = arg.meta["val"]
+        if not isinstance(val, Tensor):
+            return self.cast(self.op("Squeeze", self(arg), self.ints(0)), torch.int64, dtype)
+        return self.cast(self(arg), val.dtype, dtype)
+
+    def cast(self, name: str, have: torch.dtype, want: torch.dtype) -> str:
+        return name if have == want else self.op("Cast", name, to=onnx_type(want))
+
+    def size(self, arg: Any) -> str:
+        """A size (int, symbolic, or already the name of a value) as an int64 tensor of shape [1]."""
+        if isinstance(arg, str):
+            return arg
+        return self.ints(arg) if isinstance(arg, int) else self(arg)
+
+    def sizes(self, args: Sequence[Any]) -> str:
+        """Several sizes as one 1-D int64 tensor; [] is the shape of a scalar."""
+        if all(isinstance(a, int) for a in args):
+            return self.ints(*args)
+        return self.op("Concat", *[self.size(a) for a in args], axis=0) if len(args) > 1 else self.size(args[0])
+
+    def dim(self, arg: Node, axis: int) -> str:
+        """One dimension of a tensor as an int64 tensor of shape [1]."""
+        return self.dim_of(self(arg), arg.meta["val"], axis)
+
+    def dim_of(self, name: str, val: Tensor, axis: int) -> str:
+        axis %= val.dim()
+        size = val.shape[axis]
+        return self.ints(size) if isinstance(size, int) else self.op("Shape", name, start=axis, end=axis + 1)
+
+    def shape(self, name: str, val: Tensor) -> str:
+        """The whole shape of a value: a constant when it is static."""
+        if all(isinstance(s, int) for s in val.shape):
+            return self.ints(*val.shape)
+        return self.op("Shape", name)
+
+    def scalar_size(self, arg: Any) -> str:
+        """A size as a 0-D int64 tensor (Range wants those)."""
+        return self.const(arg, torch.int64) if isinstance(arg, int) else self.op("Squeeze", self(arg), self.ints(0))
+
+    def prune(self, outputs: Sequence[str]) -> None:
+        """Drop nodes and initializers that no output needs."""
+        needed = set(outputs)
+        kept = []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                kept.append(node)
+                needed.update(node.input)
+        self.nodes = kept[::-1]
+        self.initializers = {k: v for k, v in self.initializers.items() if k in needed}
+
+    def graph(self, name: str, inputs: list[Any], outputs: list[Any]) -> GraphProto:
+        return helper.make_graph(self.nodes, name, inputs, outputs, list(self.initializers.values()))
+
+
+def onnx_type(dtype: torch.dtype) -> int:
+    try:
+        return DTYPES[dtype]
+    except KeyError:
+        raise LowerError(f"to_onnx: {dtype} has no ONNX type; known are {[str(d).removeprefix('torch.') for d in DTYPES]}") from None
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
