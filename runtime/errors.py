@@ -1,0 +1,7 @@
+"""The error of this folder: a request cannot be served, or a verdict cannot be reached."""
+
+from ..graph.errors import FoveateError
+
+
+class RunError(FoveateError):
+    """An artifact cannot be run as asked: picture, prompt, option or machine. The message says what was found and what is possible."""

@@ -1,0 +1,328 @@
+"""A loaded artifact: pictures and a prompt in, text out. Encoder, prefill, and a decode loop over a cache that stays with the backend."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import prompts
+from .batch import Batch, assemble, image_groups, lay_out
+from .errors import RunError
+from .prompts import Sample
+from .result import Generation, Picture, Timings
+from .sampling import PENALTIES, WARPERS, chooser
+
+DEFAULT_NEW_TOKENS = 128
+OPTIONS = ("do_sample", *WARPERS, *PENALTIES)
+
+
+class Session:
+    """One artifact, opened. `generate` answers; `close` (or `with`) gives the backend's memory back."""
+
+    def __init__(
+        self,
+        engine: Any,
+        processor: Any,
+        manifest: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+        path: Path | None = None,
+    ):
+        self.engine = engine
+        self.processor = processor
+        self.manifest = manifest
+        self.facts: Mapping[str, Any] = manifest["facts"]
+        self.generation = dict(generation or {})
+        self.path = path
+
+    # -- the main job
+
+    def generate(
+        self,
+        images: Any = None,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        messages: Sequence[Any] | None = None,
+        max_new_tokens: int | None = None,
+        streamer: Any = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Answer one prompt or a batch of them.
+
+        images: a picture (PIL image, path, uint8 array) or a list of them for one prompt; for a batch one entry per prompt (picture, list
+        or None). prompt: text with the model's image placeholder; or messages: a conversation, or a list of them, for the chat template.
+        options: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, ... as in transformers' generation config, whose saved
+        values are the defaults. streamer: transformers' streamer, or a function called with each new piece of text (one prompt only).
+        """
+        config, steps = self._config(options), self._budget(max_new_tokens)
+        timings = Timings()
+        with _clock(timings, "preprocess_ms"):
+            samples = self.prepare(images, prompt, messages)
+        stream = Stream(streamer, self.tokenizer, len(samples)) if streamer is not None else None
+        seen = self.encode(samples, timings)
+        with _clock(timings, "prefill_ms"):
+            outputs, cache = self.engine.prefill(seen.batch.feeds, seen.batch.length + steps)
+        choose = chooser(config, self.eos, [len(p.tokens) for p in seen.batch.layouts], seed)
+        tokens = self._decode(seen.batch, outputs["logits"], cache, steps, choose, timings, stream)
+        kept = {k: v for k, v in outputs.items() if k.startswith("kept.")}
+        return Generation(
+            texts=tuple(self.text_of(t) for t in tokens),
+            tokens=tuple(tokens),
+            timings=timings,
+            kept={**seen.kept, **kept},
+            pictures=_pictures(samples, seen, kept, self._grid),
+            layouts=seen.batch.layouts,
+            kv_rows=outputs.get("kv_lengths"),
+            kv_bytes=getattr(cache, "nbytes", None),
+        )
+
+    # -- parts, also used by bench
+
+    def prepare(self, images: Any = None, prompt: Any = None, messages: Any = None) -> list[Sample]:
+        """Pictures and prompts through the processor, one sample at a time."""
+        return [
+            prompts.process(self.processor, text, pictures) for text, pictures in prompts.requests(self.processor, images, prompt, messages)
+        ]
+
+    def encode(self, samples: Sequence[Sample], timings: Timings | None = None) -> Seen:
+        """The vision stage over all pictures of all samples, and the padded feeds of prefill."""
+        rule, grids = self.facts["positions"], [s.vision.get("image_grid_thw") for s in samples]
+        merge = int(rule.get("merge", 1))
+        groups = [
+            image_groups(s.tokens, self.facts["image_token_id"], len(s.pictures), self.facts.get("tokens_per_image"), g, merge)
+            for s, g in zip(samples, grids, strict=True)
+        ]
+        with _clock(timings, "encoder_ms"):
+            outputs = self._vision(samples)
+        kept = {k: v for k, v in outputs.items() if k.startswith("kept.")}
+        fixed = self.facts.get("features_per_image")
+        rows = [[len(g) if fixed is None else fixed for g in sample] for sample in groups]
+        chosen = _chosen(kept, rows)
+        layouts = [lay_out(s.tokens, g, r, grid, rule, c) for s, g, r, grid, c in zip(samples, groups, rows, grids, chosen, strict=True)]
+        features = {name: _regroup(outputs.get(name), rows, name, self._feature_width(name)) for name in self.facts["features"]}
+        return Seen(assemble(layouts, features, self.facts, self.pad), kept, groups)
+
+    def _vision(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        """All pictures at once, or in as many runs as a stage with a fixed picture count needs. No picture: {}."""
+        if not any(s.pictures for s in samples):
+            return {}
+        feeds: dict[str, np.ndarray] = {}
+        runs = 1
+        for spec in self.manifest["components"]["vision"]["inputs"]:
+            value = np.concatenate([_shaped(s.vision, spec) for s in samples if s.pictures])
+            first = spec["shape"][0]
+            if isinstance(first, int):
+                runs = max(runs, len(value) // first)
+                if len(value) != runs * first:
+                    raise RunError(f"images: {spec['name']} has {len(value)} rows; this artifact's vision stage takes {first} at a time")
+            feeds[spec["name"]] = value
+        outputs = [self.engine.vision(part) for part in _split(feeds, runs)]
+        return {k: np.concatenate([o[k] for o in outputs]) for k in outputs[0]}
+
+    def _decode(
+        self, batch: Batch, logits: np.ndarray, cache: Any, steps: int, choose: Any, timings: Timings, stream: Stream | None
+    ) -> list[np.ndarray]:
+        """logits[B, V] of the prefill -> per sample the generated tokens; a finished sample is fed padding until all are done."""
+        history = [p.tokens for p in batch.layouts]
+        done = np.zeros(batch.size, bool)
+        made: list[list[int]] = [[] for _ in range(batch.size)]
+        tokens = np.empty(batch.size, np.int64)
+        for step in range(steps):
+            with _clock(timings, "first_token_ms" if step == 0 else "decode_ms"):
+                if step:
+                    logits = self.engine.decode(cache, tokens[:, None], batch.step_positions(step - 1))
+                tokens = np.where(done, self.pad, choose(logits, history))
+            for b in np.flatnonzero(~done):
+                made[b].append(int(tokens[b]))
+            history = [np.append(h, t) for h, t in zip(history, tokens, strict=True)]
+            done |= np.isin(tokens, self.eos)
+            if stream:
+                stream.put(tokens)
+            if done.all():
+                break
+        if stream:
+            stream.end()
+        return [np.array(m, np.int64) for m in made]
+
+    # -- small things
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        return tuple(self.facts["eos_token_ids"])
+
+    @property
+    def pad(self) -> int:
+        """What fills rows; any token that is neither an image nor an end will do."""
+        pad = self.generation.get("pad_token_id")
+        return pad if isinstance(pad, int) and pad != self.facts["image_token_id"] else self.eos[0] if self.eos else 0
+
+    def text_of(self, tokens: np.ndarray) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _config(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        for name in options:
+            if name not in OPTIONS:
+                close = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.5)
+                hint = f", did you mean {close[0]!r}?" if close else ""
+                raise RunError(f"generate: no option {name!r}{hint}; options are {', '.join(OPTIONS)}")
+        if self.generation.get("num_beams") not in (None, 1):
+            raise RunError(
+                f"generate: the saved generation config asks for {self.generation['num_beams']} beams; beam search is not supported, set num_beams to 1"
+            )
+        return {**{k: self.generation.get(k) for k in OPTIONS}, **options}
+
+    def _budget(self, max_new_tokens: int | None) -> int:
+        steps = max_new_tokens if max_new_tokens is not None else self.generation.get("max_new_tokens") or DEFAULT_NEW_TOKENS
+        if not isinstance(steps, int) or steps < 1:
+            raise RunError(f"generate: max_new_tokens is {steps!r}; it must be a whole number of at least 1")
+        return steps
+
+    def _feature_width(self, name: str) -> tuple[int, np.dtype]:
+        """(D, dtype) of a prefill feature, for samples without pictures"""
+        spec = next(i for i in self.manifest["components"]["prefill"]["inputs"] if i["name"] == name)
+        return int(spec["shape"][-1]), np.dtype(spec["dtype"])
+
+    def _grid(self, sample: Sample, image: int, tokens: int) -> tuple[int, int] | None:
+        """(rows, columns) of an image's tokens before any reduction, where there is one grid"""
+        thw = sample.vision.get("image_grid_thw")
+        if thw is not None:
+            merge = int(self.facts["positions"].get("merge", 1))
+            return int(thw[image][1]) // merge, int(thw[image][2]) // merge
+        grid = self.facts.get("vision_grid")
+        return (int(grid[0]), int(grid[1])) if grid and grid[0] * grid[1] == tokens else None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the vision stage made of the samples."""
+
+    batch: Batch
+    kept: dict[str, np.ndarray]  # vision's kept.<site>, [images, K]
+    groups: list[tuple[np.ndarray, ...]]  # per sample and image its placeholder places before any reduction
+
+
+class Stream:
+    """Feeds transformers' streamers, or a function, with one sample's tokens."""
+
+    def __init__(self, target: Any, tokenizer: Any, samples: int):
+        if samples != 1:
+            raise RunError(f"generate: a streamer takes one prompt at a time, {samples} given")
+        if not callable(target) and not hasattr(target, "put"):
+            raise RunError(
+                f"generate: streamer is a {type(target).__name__}; possible: transformers' streamers or a function of one string"
+            )
+        self.target, self.tokenizer, self.tokens, self.printed = target, tokenizer, [], ""
+
+    def put(self, tokens: np.ndarray) -> None:
+        if hasattr(self.target, "put"):
+            self.target.put(tokens)
+            return
+        self.tokens.append(int(tokens[0]))
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # half of a multi-byte character: wait for the rest
+            self.target(text[len(self.printed) :])
+            self.printed = text
+
+    def end(self) -> None:
+        if hasattr(self.target, "end"):
+            self.target.end()
+
+
+# -- arrays
+
+
+def _shaped(arrays: Mapping[str, np.ndarray], spec: Mapping[str, Any]) -> np.ndarray:
+    """The processor's array for a vision input, in its rank and dtype; fixed sizes must match."""
+    name, shape = spec["name"], spec["shape"]
+    if name not in arrays:
+        raise RunError(f"images: the vision stage takes {name!r}, which this processor does not make; it makes {sorted(arrays)}")
+    value = arrays[name]
+    if value.ndim == len(shape) + 1:  # [samples, images, ...] of families that nest
+        value = value.reshape(-1, *value.shape[2:])
+    if value.ndim != len(shape) or any(isinstance(d, int) and d != v for d, v in list(zip(shape, value.shape, strict=True))[1:]):
+        raise RunError(
+            f"images: {name} became {list(value.shape)}, this artifact was built for {shape}; a picture of another size or shape needs an "
+            "artifact that was captured with such a picture"
+        )
+    return value.astype(np.dtype(spec["dtype"]), copy=False)
+
+
+def _split(feeds: Mapping[str, np.ndarray], runs: int) -> list[dict[str, np.ndarray]]:
+    parts = {k: np.split(v, runs) for k, v in feeds.items()}
+    return [{k: v[i] for k, v in parts.items()} for i in range(runs)]
+
+
+def _regroup(flat: np.ndarray | None, rows: Sequence[Sequence[int]], name: str, like: tuple[int, np.dtype]) -> list[np.ndarray]:
+    """flat[sum of all rows, D] -> per sample [its rows, D]"""
+    counts = [sum(r) for r in rows]
+    if flat is None:
+        if sum(counts):
+            raise RunError(f"vision: it returned no {name!r}, but the prompt has {sum(counts)} image tokens")
+        return [np.zeros((0, like[0]), like[1]) for _ in rows]
+    flat = flat.reshape(-1, flat.shape[-1])
+    if len(flat) != sum(counts):
+        raise RunError(
+            f"vision: it returned {len(flat)} rows of {name} for {sum(counts)} image tokens; the picture does not have the geometry "
+            "that this artifact was captured with"
+        )
+    return np.split(flat, np.cumsum(counts)[:-1])
+
+
+def _chosen(kept: Mapping[str, np.ndarray], rows: Sequence[Sequence[int]]) -> list[list[np.ndarray] | None]:
+    """Per sample and image the token indices that a reduction before the LLM kept, when exactly one site says so."""
+    if len(kept) != 1:
+        return [None] * len(rows)
+    images = iter(next(iter(kept.values())))
+    return [[next(images)[:count] for count in sample] for sample in rows]
+
+
+def _pictures(samples: Sequence[Sample], seen: Seen, kept: Mapping[str, np.ndarray], grid: Any) -> tuple[tuple[Picture, ...], ...]:
+    """Every picture with its kept tokens per site; vision reports per image, prefill per sample by rank among its visual tokens."""
+    out, image = [], 0
+    for b, sample in enumerate(samples):
+        group, start = [], 0
+        for i, picture in enumerate(sample.pictures):
+            tokens, rows = len(seen.groups[b][i]), len(seen.batch.layouts[b].groups[i])
+            own = {k.removeprefix("kept."): np.sort(v[image][v[image] >= 0]) for k, v in seen.kept.items()}
+            before = own[next(reversed(own))] if own else np.arange(tokens)
+            for name, value in kept.items():
+                ranks = value[b][(value[b] >= start) & (value[b] < start + rows)] - start
+                own[name.removeprefix("kept.")] = before[ranks] if rows == len(before) else ranks
+            group.append(Picture(picture, tokens, grid(sample, i, tokens), own))
+            start, image = start + rows, image + 1
+        out.append(tuple(group))
+    return tuple(out)
+
+
+@contextmanager
+def _clock(timings: Timings | None, name: str) -> Iterator[None]:
+    """Add the milliseconds of the block to `name`; a list grows by one."""
+    start = time.perf_counter()
+    yield
+    ms = (time.perf_counter() - start) * 1e3
+    if timings is None:
+        return
+    if isinstance(getattr(timings, name), list):
+        getattr(timings, name).append(ms)
+    else:
+        setattr(timings, name, getattr(timings, name) + ms)
