@@ -85,24 +85,33 @@ class Builder:
         """A 1-D int64 constant."""
         return self.const(list(values), torch.int64)
 
-    def weight(self, *targets: str, transpose: bool = False) -> str:
-        """Parameters (by get_attr target) joined along dim 0, then transposed if asked, as one initializer."""
+    def weight(self, *targets: str, transpose: bool = False, dtype: torch.dtype | None = None) -> str:
+        """Parameters (by get_attr target) joined along dim 0, then cast and transposed if asked, as one initializer."""
         targets = tuple(self.alias.get(t, t) for t in targets)
         parts = tuple(self.tensors[t] for t in targets)
-        name = "|".join(targets) + (".T" if transpose else "")
+        dtype = None if dtype == parts[0].dtype else dtype
+        name = "|".join(targets) + (".T" if transpose else "") + (f":{str(dtype).removeprefix('torch.')}" if dtype else "")
         if name not in self.initializers:
-            self.initializers[name] = self._initializer(name, parts, transpose)
+            self.initializers[name] = self._initializer(name, parts, transpose, dtype or parts[0].dtype)
         return name
 
-    def _initializer(self, name: str, parts: tuple[Tensor, ...], transpose: bool) -> TensorProto:
+    def parameter(self, arg: Any) -> tuple[str, torch.dtype | None] | None:
+        """(target, type to write it in) if the node is a parameter, or the cast of one (how a precision pass narrows it); else None."""
+        if isinstance(arg, Node) and arg.op == "get_attr":
+            return str(arg.target), None
+        if isinstance(arg, Node) and arg.target is torch.ops.aten.to.dtype and isinstance(arg.args[0], Node) and arg.args[0].op == "get_attr":
+            return str(arg.args[0].target), arg.args[1]  # type: ignore[return-value]
+        return None
+
+    def _initializer(self, name: str, parts: tuple[Tensor, ...], transpose: bool, dtype: torch.dtype) -> TensorProto:
         shape = [sum(p.shape[0] for p in parts), *parts[0].shape[1:]] if parts[0].dim() else []
         shape = shape[::-1] if transpose else shape
         size = sum(p.numel() * p.element_size() for p in parts)
         if self.weights is None or size < INLINE and all(p.device.type != "meta" for p in parts):
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            whole = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
             return self._inline(name, whole.t() if transpose else whole)
-        offset, length = self.weights.place(parts, transpose)
-        proto = TensorProto(name=name, data_type=onnx_type(parts[0].dtype), dims=shape, data_location=TensorProto.EXTERNAL)
+        offset, length = self.weights.place(parts, transpose, dtype)
+        proto = TensorProto(name=name, data_type=onnx_type(dtype), dims=shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", self.weights.path.name), ("offset", offset), ("length", length)):
             proto.external_data.add(key=key, value=str(value))
         return proto
@@ -116,8 +125,8 @@ class Builder:
         """The value of an FX node; a parameter becomes an initializer here, when it is first read as it is."""
         if not isinstance(arg, Node):
             raise LowerError(f"to_onnx: {arg!r} ({type(arg).__name__}) is no graph value")
-        if arg.op == "get_attr" and arg not in self.env:
-            return self.weight(str(arg.target))
+        if arg not in self.env and (found := self.parameter(arg)):
+            return self.weight(found[0], dtype=found[1])
         return self.env[arg]
 
     def tensor(self, arg: Any, dtype: torch.dtype) -> str:

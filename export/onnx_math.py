@@ -369,15 +369,16 @@ def matmul(b: Builder, n: Node, x: Node, y: Node) -> str:
 @emits(aten.linear.default)
 def linear(b: Builder, n: Node, x: Node, weight: Node, bias: Node | None) -> str:
     """x W^T + bias. The weight is stored transposed, unless something else reads it as it is (tied embeddings): then Gemm transposes."""
-    if weight.op != "get_attr":
+    found = b.parameter(weight)
+    if found is None:
         product = b.op("MatMul", b(x), b.op("Transpose", b(weight), perm=[1, 0]))
     elif rank(x) == 2:
         return b.op("Gemm", b(x), b(weight), b(bias) if bias is not None else None, transB=1)
-    elif b.alias[str(weight.target)] in b.read_raw:
+    elif b.alias[found[0]] in b.read_raw:
         flat = b.op("Gemm", b.op("Reshape", b(x), b.ints(-1, weight.meta["val"].shape[1])), b(weight), b(bias) if bias is not None else None, transB=1)
         return b.op("Reshape", flat, b.op("Concat", b.op("Shape", b(x), end=-1), b.ints(weight.meta["val"].shape[0]), axis=0))
     else:
-        product = b.op("MatMul", b(x), b.weight(str(weight.target), transpose=True))
+        product = b.op("MatMul", b(x), b.weight(found[0], transpose=True, dtype=found[1]))
     return product if bias is None else b.op("Add", product, b(bias))
 
 

@@ -28,16 +28,17 @@ class WeightFile:
         self._alive: list[Tensor] = []  # the keys are addresses: they stay valid while the tensors live
         self._file: BinaryIO | None = path.open("wb")
 
-    def place(self, parts: tuple[Tensor, ...], transpose: bool) -> tuple[int, int]:
-        """The tensors concatenated along dim 0 (and then, for matrices, transposed) -> (offset, length) in bytes."""
-        key = (transpose, *[(p.data_ptr() if p.device.type != "meta" else id(p), tuple(p.shape), p.stride(), p.dtype) for p in parts])
+    def place(self, parts: tuple[Tensor, ...], transpose: bool, dtype: torch.dtype | None = None) -> tuple[int, int]:
+        """The tensors concatenated along dim 0 (and then, for matrices, transposed), cast one at a time -> (offset, length) in bytes."""
+        dtype = dtype or parts[0].dtype
+        key = (transpose, dtype, *[(p.data_ptr() if p.device.type != "meta" else id(p), tuple(p.shape), p.stride(), p.dtype) for p in parts])
         if key not in self._places:
             self._alive += parts
-            self._places[key] = self._write(parts, transpose)
+            self._places[key] = self._write(parts, transpose, dtype)
         return self._places[key]
 
-    def _write(self, parts: tuple[Tensor, ...], transpose: bool) -> tuple[int, int]:
-        length = sum(p.numel() * p.element_size() for p in parts)
+    def _write(self, parts: tuple[Tensor, ...], transpose: bool, dtype: torch.dtype) -> tuple[int, int]:
+        length = sum(p.numel() for p in parts) * dtype.itemsize
         align = PAGE if length >= 64 * PAGE else ALIGN
         offset = -(-self.bytes // align) * align
         file = self._open()
@@ -48,10 +49,10 @@ class WeightFile:
             file.truncate(offset + length)
         elif transpose:
             whole = parts[0] if len(parts) == 1 else torch.cat([p.detach() for p in parts])
-            file.write(_raw(whole.detach().t()))
+            file.write(_raw(whole.detach().to(dtype).t()))
         else:
             for part in parts:
-                file.write(_raw(part.detach()))
+                file.write(_raw(part.detach().to(dtype)))
         self.bytes = offset + length
         return offset, length
 

@@ -47,7 +47,7 @@ def to_onnx(stage: Stage, name: str, weights: WeightFile | None = None, emitters
         if node.op == "placeholder":
             b.env[node] = node.meta.get("name", node.name)
             inputs.append(_info(b.env[node], node.meta["val"], names))
-        elif node.op == "call_function":
+        elif node.op == "call_function" and not b.parameter(node):  # a narrowed parameter is cast while it is written
             b.path = _module_path(node)
             b.env[node] = _emit(b, node, (at or {}).get(node) or table[node.target], name)
     outputs = _name_outputs(b, whole)
@@ -83,9 +83,10 @@ def _collect_parameters(b: Builder, stage: Stage) -> None:
         name = first.setdefault(id(tensor), str(node.target))
         b.tensors[str(node.target)] = tensor
         b.alias[str(node.target)] = name
-        for user in node.users:
-            if user.target is not torch.ops.aten.linear.default or user.args[1] is not node:
-                b.read_raw.add(name)
+        for reader in [node, *[u for u in node.users if b.parameter(u)]]:
+            for user in reader.users:
+                if not b.parameter(user) and (user.target is not torch.ops.aten.linear.default or user.args[1] is not reader):
+                    b.read_raw.add(name)
 
 
 def _module_path(node: Node) -> str:

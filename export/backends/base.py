@@ -99,7 +99,7 @@ class Engine(ABC):
 def backends() -> dict[str, type[Backend]]:
     """Every backend by name: the files of this folder, and those given to `register_file`."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if module.name != "base":
+        if module.name != "base" and not module.name.startswith("_"):
             importlib.import_module(f"{__package__}.{module.name}")
     return dict(_FOUND)
 
