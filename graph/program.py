@@ -100,6 +100,11 @@ class Facts:
     prefill_extra: tuple[str, ...] = ()  # family inputs of prefill beyond the contract
     notes: tuple[str, ...] = ()
 
+    @property
+    def visual_per_image(self) -> int | None:
+        """Rows that one image brings to the prefill now, when fixed."""
+        return self.tokens_per_image if self.features_per_image is None else self.features_per_image
+
 
 @dataclass(frozen=True)
 class PassRecord:

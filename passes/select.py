@@ -115,6 +115,6 @@ class Select(Pass):
         return found
 
     def _check_keep(self, program: Program) -> None:
-        known = program.facts.features_per_image
+        known = program.facts.visual_per_image
         if known is not None and isinstance(self.keep, int) and self.keep > known:
             raise self.fail(f"keep={self.keep} is more than the {known} visual tokens of an image")
