@@ -13,6 +13,7 @@ The cache is token-major, [B, P, G, D]: with batch 1 a new row is written right 
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def fusable(node: Node) -> str | None:
         return f"values {v.shape[3]} wide beside keys {k.shape[3]} wide"
     if node.target is ATTENTION and node.args[9]:
         return f"a soft cap of {node.args[9]}"
-    if q.shape[2] == 1:
+    if isinstance(q.shape[2], int) and q.shape[2] == 1:
         return "one query"
     return None
 
@@ -160,7 +161,7 @@ class _Respelling:
         if q_pos is None or k_pos is None:
             S, T = self.call(aten.sym_size.int, q, 2), self.call(aten.sym_size.int, k, 2)
             k_pos = self.call(aten.unsqueeze.default, self.call(aten.arange.default, T), 0)
-            q_pos = self.call(aten.slice.Tensor, k_pos, 1, self.call(_difference, T, S))
+            q_pos = self.call(aten.slice.Tensor, k_pos, 1, self.call(operator.sub, T, S))
         q_pos = self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, q_pos, 1), 3)
         k_pos = self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, k_pos, 1), 1)
         return self.call(aten.sub.Tensor, q_pos, k_pos)
@@ -199,10 +200,6 @@ def is_padding(mask: Any) -> bool:
         return all(is_padding(a) for a in mask.args[:2])
     one = (KEEP, aten.ne.Scalar, aten.gt.Scalar, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.alias.default, aten.to.device)
     return mask.target in one and is_padding(mask.args[0])
-
-
-def _difference(a: Any, b: Any) -> Any:
-    return a - b
 
 
 # ** the cache, token-major **
