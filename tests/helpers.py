@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import textwrap
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +123,7 @@ def _toy(layers: int, seed: int) -> Program:
     rows = [Dim(f"P{i}", min=1, max=4096) for i in range(layers)]
     decode = torch.export.export(Decode(model), step, dynamic_shapes=({0: B}, {0: B}, {1: B}, [{0: B, 2: rows[i // 2]} for i in range(2 * layers)]), strict=False)
     pixels = torch.randn(5, 6, 3)
-    tower = torch.export.export(Vision_ := vision, (pixels,), dynamic_shapes=({0: images},), strict=False)
+    tower = torch.export.export(vision, (pixels,), dynamic_shapes=({0: images},), strict=False)
     kv_names = [f"{w}.{i}" for i in range(layers) for w in "kv"]
     return Program(
         stages={
@@ -138,3 +136,27 @@ def _toy(layers: int, seed: int) -> Program:
         kv=[KVLayer(i, 1, WIDTH, WIDTH) for i in range(layers)],
         example={"prefill": example, "vision": {"pixel_values": pixels}},
     )
+
+
+def feeds(images: list[int], text: list[int], seed: int = 0, left: bool = False, per_image: int = 6, minimum: int = 0) -> dict[str, Tensor]:
+    """Prefill inputs for samples with these numbers of images and of text tokens (>= 1), padded as the runtime does: S = max text + N."""
+    generator = torch.Generator().manual_seed(seed)
+    N = max(minimum, *[per_image * i for i in images], 1)
+    S = max(text) + N
+    ids, mask = torch.zeros(len(images), S, dtype=torch.long), torch.zeros(len(images), S, dtype=torch.long)
+    for b, (count, words) in enumerate(zip(images, text, strict=True)):
+        spoken = torch.randint(1, IMAGE, (words,), generator=generator).tolist()
+        cuts = sorted(torch.randint(0, words, (count,), generator=generator).tolist())  # before the last word: a prompt ends with text
+        row: list[int] = []
+        for position, word in enumerate(spoken):
+            row += [IMAGE] * per_image * cuts.count(position) + [word]
+        start = S - len(row) if left else 0
+        ids[b, start : start + len(row)] = torch.tensor(row)
+        mask[b, start : start + len(row)] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return dict(input_ids=ids, image_features=torch.randn(len(images), N, WIDTH, generator=generator), position_ids=positions, attention_mask=mask)
+
+
+def close(got: Tensor, want: Tensor, relative: float = 1e-5) -> None:
+    """Equal within `relative` of the largest wanted value: float32 sums in another order differ by a few 1e-7 per addend."""
+    torch.testing.assert_close(got, want, rtol=0, atol=relative * max(1.0, float(want.detach().abs().max())))
