@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx
+import sympy
 import torch
 from onnx import ModelProto, helper
 from torch import Tensor
@@ -150,7 +151,7 @@ def dim_name(size: Any, names: Mapping[str, str]) -> int | str:
     expr = size.node.expr
     if expr.is_Integer:
         return int(expr)
-    return str(expr.subs({s: names[str(s)] for s in expr.free_symbols if str(s) in names}))
+    return str(expr.subs({s: sympy.Symbol(names[str(s)]) for s in expr.free_symbols if str(s) in names}))  # a bare "N" or "I" is a sympy function
 
 
 def save(model: ModelProto, path: Any) -> None:
