@@ -24,6 +24,7 @@ from ...graph.ops.attention_varlen import attention_varlen as ATTENTION_VARLEN
 from ...graph.ops.keep_tokens import keep_tokens as KEEP
 from ...graph.ops.kv_append import kv_append as APPEND
 from ...graph.ops.kv_mask import kv_mask as KV_MASK
+from ...graph.ops.top_tokens import top_tokens as TOP
 from ...graph.program import Program, Stage
 from ...graph.retype import retype
 
@@ -72,6 +73,8 @@ class _Respelling:
                 node = self._as_attention(node)
             if node.target is ATTENTION:
                 self._attention(node)
+            elif node.target is TOP and node.args[2] is None:
+                self._top(node)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         made = self.graph.call_function(target, args, kwargs)
@@ -165,6 +168,19 @@ class _Respelling:
         q_pos = self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, q_pos, 1), 3)
         k_pos = self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, k_pos, 1), 1)
         return self.call(aten.sub.Tensor, q_pos, k_pos)
+
+    def _top(self, node: Node) -> None:
+        """The k best through TopK itself; the reference sorts the whole row, and TensorRT sorts 3840 at most. Ties may fall otherwise."""
+        score, k, _ = node.args
+        self.tags = {key: v for key, v in node.meta.items() if key in ("nn_module_stack", "layer")}
+        with self.graph.inserting_before(node):
+            wide = score if score.meta["val"].dtype == torch.float32 else self.call(aten.to.dtype, score, torch.float32)
+            known = self.call(aten.masked_fill.Scalar, wide, self.call(aten.isnan.default, wide), float("-inf"))
+            best = self.call(operator.getitem, self.call(aten.topk.default, known, k, 1), 1)
+            none = self.call(aten.zeros_like.default, known, dtype=torch.bool)
+            new = self.call(aten.scatter.value, none, 1, best, True)
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
 
     def _as_attention(self, node: Node) -> Node:
         """Packed segments as a mask: token i sees the tokens of its own segment."""
