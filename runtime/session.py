@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..export.artifact import Artifact
+from ..export.backends.base import find
 from . import prompts
 from .batch import Batch, assemble, image_groups, lay_out
 from .errors import RunError
@@ -210,6 +213,35 @@ class Session:
             return int(thw[image][1]) // merge, int(thw[image][2]) // merge
         grid = self.facts.get("vision_grid")
         return (int(grid[0]), int(grid[1])) if grid and grid[0] * grid[1] == tokens else None
+
+
+def load(path: str | Path, verify: bool = True) -> Session:
+    """Open an artifact folder: its files are checked against their hashes (sizes only with verify=False), its backend opens the stages.
+
+    Raises a FoveateError: a damaged artifact, a missing processor, a target or an engine that this machine cannot run.
+    """
+    artifact = Artifact.load(path, verify)
+    processor = _processor(artifact.path)
+    engine = find(artifact.target).open(artifact)
+    saved = artifact.path / "generation_config.json"
+    generation = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
+    return Session(engine, processor, artifact.manifest, generation, artifact.path)
+
+
+def _processor(folder: Path) -> Any:
+    """The Hugging Face processor that was saved in the artifact."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(f"artifact: {folder} has no processor that can be loaded: {first}") from error
+    if not hasattr(processor, "image_processor"):
+        raise RunError(
+            f"artifact: {folder} has no image processor, only a {type(processor).__name__}; optimize the model again with its processor files"
+        )
+    return processor
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""Foveate: a compiler for vision-language models that look at full resolution only where it matters.
+
+    model = foveate.optimize_model("path/or/hub-id", recipe="fastv-64", target="ort", output="out")
+    print(model.report)
+    print(model.generate("picture.png", "<image> what is this?").text)
+
+    session = foveate.load("out")                       # later, elsewhere: no modelling code, no recipe
+
+Errors, all with one clear sentence:
+
+    FoveateError
+    ├── GraphError      a model cannot be captured, or a program breaks an invariant
+    ├── PassError       a pass or a recipe is unknown, wrong, or does not apply
+    ├── LowerError      a program cannot be lowered, or an artifact is damaged
+    └── RunError        a request cannot be served: picture, prompt, option, machine
+
+Names are looked up when they are used (PEP 562), so `import foveate` is instant and needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import OptimizedModel, forecast, optimize_model
+    from .export.errors import LowerError
+    from .graph.errors import FoveateError, GraphError
+    from .passes.base import PassError
+    from .report import Report
+    from .runtime.errors import RunError
+    from .runtime.result import Generation
+    from .runtime.session import Session, load
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FoveateError": ".graph.errors",
+    "Generation": ".runtime.result",
+    "GraphError": ".graph.errors",
+    "LowerError": ".export.errors",
+    "OptimizedModel": ".api",
+    "PassError": ".passes.base",
+    "Report": ".report",
+    "RunError": ".runtime.errors",
+    "Session": ".runtime.session",
+    "forecast": ".api",
+    "load": ".runtime.session",
+    "optimize_model": ".api",
+}
+
+__all__ = [
+    "FoveateError",
+    "Generation",
+    "GraphError",
+    "LowerError",
+    "OptimizedModel",
+    "PassError",
+    "Report",
+    "RunError",
+    "Session",
+    "forecast",
+    "load",
+    "optimize_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"foveate has no {name!r}; it has {__all__}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
