@@ -65,7 +65,7 @@ class Large(nn.Module):
         self.embed.weight.data[:, 3] = 1.2e4
         self.scale = nn.Parameter(torch.ones(64))
         self.gate, self.up, self.down = nn.Linear(64, 128, bias=False), nn.Linear(64, 128, bias=False), nn.Linear(128, 64, bias=False)
-        self.down.weight.data[3] *= 1e4  # each layer adds to the loud channel: two of them pass 65504
+        self.down.weight.data[3] *= 500  # each layer adds some 5e4 to the loud channel: two of them pass 65504
         self.head = nn.Linear(64, 12, bias=False)
 
     def norm(self, h):
@@ -89,11 +89,11 @@ def large() -> tuple[Large, Program]:
 
 
 def test_islands_keep_large_activations_finite():
-    model, program = large()
+    _, program = large()
     ids = program.example["prefill"]["input_ids"]
     want = program["prefill"].run({"input_ids": ids})["logits"]
-    naive = large()[0].half()(ids)[0]
-    assert not naive.isfinite().all(), "the case must be one that plain float16 cannot compute, or it shows nothing"
+    naive = large()[0].half()(ids)[0].float()  # squares are inf, their reciprocal root 0: the norm erases everything
+    assert not (naive - want).abs().max() < 0.5 * want.abs().max(), "the case must be one that plain float16 cannot compute, or it shows nothing"
     got = to_precision(program, "float16")["prefill"].run({"input_ids": ids})["logits"]
     assert got.isfinite().all()
     assert (got - want).abs().max() <= 2e-2 * want.abs().max()  # a few times float16's roundoff over four layers
