@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from . import ops  # noqa: F401  (whoever holds a program needs the dialect registered)
 from .errors import GraphError
 
 STAGES = ("vision", "prefill", "decode")
