@@ -111,3 +111,15 @@ def test_a_stage_names_what_it_is_fed_wrongly(toy):
     with pytest.raises(GraphError, match=r"inputs missing \['attention_mask'\], unknown \['mask'\]"):
         feed = helpers.feeds([1], [3])
         toy["prefill"].run({**{k: v for k, v in feed.items() if k != "attention_mask"}, "mask": feed["attention_mask"]})
+
+
+def test_the_picture_has_every_layer_and_the_cut(toy):
+    from foveate.graph.view import dot, page
+
+    make("drop-uniform", {"layer": 1, "keep": 2}).run(toy)
+    text = dot(toy)
+    assert text.count("subgraph cluster_") == 3 and text.count("{") == text.count("}")
+    names = {line.split('"')[1] for line in text.splitlines() if "label=" in line and '"' in line and "->" not in line and "layer " not in line}
+    assert all(part in names for line in text.splitlines() if "->" in line for part in (line.split('"')[1], line.split('"')[3]))
+    shown = page(toy, {"S": 10, "N": 6})
+    assert shown.count("class=cut") == 2 and "<td>6</td>" in shown and "http" not in shown
