@@ -61,7 +61,7 @@ def _bars(program: Program, stage: str, sizes: Mapping[str, int]) -> str:
     widest = max(tokens for _, tokens, _, _ in rows) or 1
     lines = ["<table><tr><th>layer</th><th>tokens</th><th>MFLOP</th><th>MB moved</th><th></th></tr>"]
     for layer, tokens, flops, moved in rows:
-        label, cut = ("other", "") if layer == OTHER else (str(layer), " class=cut" if tokens < widest else "")
+        label, cut = ("other", "") if layer == OTHER else (str(layer), " class=cut" if 0 < tokens < widest else "")
         lines.append(f"<tr{cut}><td>{label}</td><td>{tokens}</td><td>{flops / 1e6:.1f}</td><td>{moved / 1e6:.1f}</td><td><div class=bar style='width:{100 * tokens / widest:.1f}%'></div></td></tr>")
     return "".join([*lines, "</table>"])
 
