@@ -39,6 +39,8 @@ class Builder:
         self.weights = weights
         self.alias: dict[str, str] = {}  # get_attr target -> the first name of the same tensor
         self.read_raw: set[str] = set()  # parameters that something reads as they are: a transposed copy of them would be a second one
+        self.extra_inputs: list[tuple[str, Tensor, list[Any]]] = []  # inputs beyond the stage's: name, type, dimensions
+        self.replaced: dict[str, tuple[str, list[Any]]] = {}  # contract output -> the value that takes its place, its dimensions
         self.path = ""  # module path of the FX node being translated: prefix of ONNX node names
         self._memo: dict[Any, list[str]] = {}
         self._count = 0

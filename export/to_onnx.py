@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import onnx
@@ -51,9 +51,11 @@ def to_onnx(stage: Stage, name: str, weights: WeightFile | None = None, emitters
         elif node.op == "call_function" and not b.parameter(node):  # a narrowed parameter is cast while it is written
             b.path = _module_path(node)
             b.env[node] = _emit(b, node, (at or {}).get(node) or table[node.target], name)
-    outputs = _name_outputs(b, whole)
-    b.prune(whole.outputs)
-    infos = [_info(o, node.meta["val"], names) for o, node in zip(whole.outputs, outputs, strict=True)]
+    outputs = _name_outputs(b, whole, {i.name for i in inputs})
+    given = {i.name for i in inputs}
+    b.prune([output_value(o, given) for o in whole.outputs])
+    infos = [_info(output_value(o, given), node.meta["val"], names, b.replaced[o][1] if o in b.replaced else None) for o, node in zip(whole.outputs, outputs, strict=True)]
+    inputs += [_info(extra, like, names, dims) for extra, like, dims in b.extra_inputs]
     graph = b.graph(name, inputs, infos)
     domains = sorted({n.domain for n in b.nodes if n.domain})
     opsets = [helper.make_opsetid("", OPSET), *[helper.make_opsetid(d, 1) for d in domains]]
@@ -96,21 +98,27 @@ def _module_path(node: Node) -> str:
     return f"{next(reversed(stack.values()))[0]}/" if stack else ""
 
 
-def _name_outputs(b: Builder, stage: Stage) -> list[Node]:
+def output_value(name: str, inputs: Collection[str]) -> str:
+    """The ONNX name of a contract output: its own, but ONNX does not let an output share the name of an input (the states `conv.<l>`)."""
+    return f"{name}.out" if name in inputs else name
+
+
+def _name_outputs(b: Builder, stage: Stage, inputs: Collection[str]) -> list[Node]:
     """Give every output value its contract name: by renaming the value where it is one of a kind, else through an Identity."""
     produced = {o for n in b.nodes for o in n.output}
     nodes, renamed = [], {}
     for name, node in stage.output_nodes.items():
         if not isinstance(node, Node):
             raise LowerError(f"to_onnx: output {name} is {node!r}, not a value of the graph")
-        value = b(node)
+        value = b.replaced[name][0] if name in b.replaced else b(node)
         val = node.meta["val"]
         if not isinstance(val, Tensor):
             raise LowerError(f"to_onnx: output {name} is a size, not a tensor")
+        final = output_value(name, inputs)
         if value in produced and value not in renamed:
-            renamed[value] = name
+            renamed[value] = final
         else:
-            b.nodes.append(helper.make_node("Identity", [value], [name], name=f"{name}/Identity"))
+            b.nodes.append(helper.make_node("Identity", [value], [final], name=f"{name}/Identity"))
         nodes.append(node)
     for n in b.nodes:
         for field in (n.input, n.output):
@@ -140,8 +148,8 @@ def dim_names(stage: Stage) -> dict[str, str]:
     return names
 
 
-def _info(name: str, val: Any, names: Mapping[str, str]) -> Any:
-    return helper.make_tensor_value_info(name, onnx_type(val.dtype), [dim_name(s, names) for s in val.shape])
+def _info(name: str, val: Any, names: Mapping[str, str], dims: list[Any] | None = None) -> Any:
+    return helper.make_tensor_value_info(name, onnx_type(val.dtype), dims or [dim_name(s, names) for s in val.shape])
 
 
 def dim_name(size: Any, names: Mapping[str, str]) -> int | str:

@@ -86,7 +86,10 @@ class Engine(ABC):
 
     @abstractmethod
     def prefill(self, feeds: Arrays, capacity: int) -> tuple[Arrays, Cache]:
-        """The outputs except keys and values (logits[B, V], kv_lengths, kept.*), and a cache with room for at least `capacity` rows more."""
+        """The outputs except keys and values (logits[B, V], kv_lengths, kept.*), and a cache.
+
+        capacity: rows that a layer without reduction will need in all, prompt and answer; a hint, caches grow. Padding is on the right.
+        """
 
     @abstractmethod
     def decode(self, cache: Cache, input_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
