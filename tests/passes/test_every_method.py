@@ -1,5 +1,7 @@
 """The contract of every method, found by discovery: a new file is covered the day it lands."""
 
+import os
+
 import helpers
 import pytest
 import torch
@@ -13,6 +15,7 @@ from foveate.passes.oracle import mask_only
 from foveate.passes.select import Select
 from foveate.passes.vision_select import VisionSelect
 
+CASES = int(os.environ.get("FOVEATE_ORACLE_CASES", "75"))  # per method; `make nightly` asks for 10,000 in all
 IN_LLM = [n for n, p in discover().items() if issubclass(p, Select)]
 AT_VISION = [n for n, p in discover().items() if issubclass(p, VisionSelect)]
 
@@ -116,7 +119,7 @@ def pair(name, layer, keep):
     return _PAIRS[name, layer, keep]
 
 
-@settings(max_examples=75, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_cut_equals_the_mask_only_oracle(method, data):
     """Same scores, nothing gathered, dropped columns masked: logits and the K/V rows of kept tokens agree. 75 cases per method; more with
