@@ -58,17 +58,20 @@ def cut(program: Program, site: Site, keep: Node, size: Any, count: Any) -> Node
 
 def shorten(stage: Stage, site: Site, index: Node, valid: Node) -> None:
     """Let every reader behind the site read its crossing values gathered by index[B, K]; valid[B, K] tells real tokens from filler."""
+    new = shortened(stage, site, index, valid)
+    for crossing in site.crossings:
+        for reader in crossing.readers:
+            reroute(reader, crossing.node, new[crossing.node])
+
+
+def shortened(stage: Stage, site: Site, index: Node, valid: Node) -> dict[Node, Any]:
+    """crossing value -> the same for the tokens index[B, K] only, computed just before the site."""
     with stage.graph.inserting_before(site.first):
         length = stage.graph.call_function(torch.ops.aten.sym_size.int, (index, 1))
     length.meta["val"] = index.meta["val"].shape[1]
     sizes: dict[Node, Any] = {}
-    for crossing in site.crossings:
-        if crossing.axes:
-            new = splice(stage, site.first, gather, crossing.node, index, valid, crossing.axes, _batch_axis(crossing.node, index))
-        else:
-            new = _rebuild(stage, site, crossing.node, length, sizes)
-        for reader in crossing.readers:
-            reroute(reader, crossing.node, new)
+    return {c.node: splice(stage, site.first, gather, c.node, index, valid, c.axes, _batch_axis(c.node, index)) if c.axes
+            else _rebuild(stage, site, c.node, length, sizes) for c in site.crossings}
 
 
 def gather(x: Tensor, index: Tensor, valid: Tensor, axes: tuple[int, ...], batch: int) -> Tensor:
@@ -121,4 +124,4 @@ def require_visual(program: Program, count: int) -> None:
     program.facts = replace(program.facts, min_visual=max(program.facts.min_visual, count))
 
 
-__all__ = ["Crossing", "cut", "gather", "plan", "require_visual", "shorten"]
+__all__ = ["Crossing", "cut", "gather", "plan", "require_visual", "shorten", "shortened"]

@@ -111,7 +111,7 @@ def _parse_inline(text: str) -> list[Any]:
         name, _, body = part.partition("{")
         if body and not body.endswith("}"):
             raise PassError(f"recipe: {part!r} has no closing brace")
-        pairs = [p.partition("=") for p in body.removesuffix("}").split(",") if p.strip()]
+        pairs = [p.partition("=") for p in _split(body.removesuffix("}"))]
         if bad := [p for p in pairs if not p[1]]:
             raise PassError(f"recipe: {bad[0][0].strip()!r} in {part!r} has no value; write key=value")
         steps.append({name.strip(): {k.strip(): yaml.safe_load(v) for k, _, v in pairs}})
@@ -121,7 +121,7 @@ def _parse_inline(text: str) -> list[Any]:
 def _split(text: str) -> list[str]:
     parts, depth, start = [], 0, 0
     for i, c in enumerate(text):
-        depth += (c == "{") - (c == "}")
+        depth += (c in "{[") - (c in "}]")
         if c == "," and depth == 0:
             parts.append(text[start:i].strip())
             start = i + 1

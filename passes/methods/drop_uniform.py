@@ -21,10 +21,10 @@ class DropUniform(Select):
     layer: Layer = 2
     keep: Keep = 0.5
 
-    def score(self, visual: Tensor, valid: Tensor) -> Tensor:
+    def score(self, visual: Tensor, valid: Tensor, budget: Tensor) -> Tensor:
         present = visual & valid
         n = present.sum(1, keepdim=True)
         rank = present.long().cumsum(1) - 1
-        keep = self.count(n)
+        keep = budget[:, None]
         stays = ((rank + 1) * keep) // n.clamp(min=1) > (rank * keep) // n.clamp(min=1)
         return stays.float()
