@@ -1,0 +1,248 @@
+"""torch itself: the oracle that every other target is compared with. Graphs as JSON, weights as safetensors, CPU or CUDA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import LowerError
+from ..sizes import evaluate
+from ._cache import check_prefix
+from .base import Arrays, Backend, Cache, Engine
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...graph.program import Program
+    from ..artifact import Artifact
+
+WEIGHTS = "components/weights.safetensors"
+
+
+class Eager(Backend):
+    """target "eager". options: device ("cpu", "cuda"), precision (float32, float16, bfloat16), attention ("reference" bodies, or torch's "sdpa")."""
+
+    name = "eager"
+    fuses = frozenset()
+    options = {"device": "cpu", "precision": "float32", "attention": "reference"}
+
+    def available(self) -> str | None:
+        try:
+            import torch  # noqa: F401
+        except ImportError as cause:
+            return f"torch cannot be imported: {cause}"
+        return None
+
+    def check(self, program: Program, options: Mapping[str, Any]) -> list[str]:
+        import torch
+
+        settings = self.settings(options)
+        found = []
+        if settings["attention"] not in ("reference", "sdpa"):
+            found.append(f"eager: attention={settings['attention']!r} is none of ['reference', 'sdpa']")
+        if str(settings["device"]).startswith("cuda") and not torch.cuda.is_available():
+            found.append("eager: device 'cuda' was asked for and torch sees no CUDA device here; the artifact can be built with device 'cpu'")
+        return found
+
+    def lower(self, program: Program, folder: Path, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        from safetensors.torch import save_file
+
+        from ..fx_json import to_json
+        from ..precision import to_precision
+        from ..to_onnx import dim_name, dim_names
+
+        settings = self.settings(options)
+        if limits := self.check(program, settings):
+            raise LowerError("; ".join(limits))
+        if settings["precision"] != program.facts.dtype:
+            program = to_precision(program, settings["precision"])
+        tensors, keys = _tensors(program)
+        (folder / "components").mkdir(parents=True, exist_ok=True)
+        save_file(tensors, str(folder / WEIGHTS))
+        components = {}
+        for name, stage in program.stages.items():
+            file = f"components/{name}.json"
+            (folder / file).write_text(json.dumps(to_json(stage, keys[name])))
+            names = dim_names(stage)
+            components[name] = {
+                "file": file, "weights": WEIGHTS, "device": settings["device"], "attention": settings["attention"],
+                "inputs": [_describe(n.meta.get("name", n.name), n.meta["val"], names) for n in stage.graph.nodes if n.op == "placeholder"],
+                "outputs": [_describe(o, n.meta["val"], names) for o, n in stage.output_nodes.items()],
+                "rows": {str(e.layer): dim_name(stage.output_nodes[f"k.{e.layer}"].meta["val"].shape[2], names) for e in program.kv} if name == "prefill" else {},
+            }
+        return components
+
+    def open(self, artifact: Artifact) -> EagerEngine:
+        return EagerEngine(artifact)
+
+
+def _tensors(program: Program) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, str]]]:
+    """Every distinct tensor once, by the first name it has; per stage: get_attr target -> that name."""
+    first: dict[int, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    keys: dict[str, dict[str, str]] = {}
+    for name, stage in program.stages.items():
+        keys[name] = {}
+        for node in stage.graph.nodes:
+            if node.op != "get_attr":
+                continue
+            value: Any = stage.module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            if value.device.type == "meta":
+                raise LowerError(f"eager: {node.target} has no data (device meta); load the model's weights first")
+            if id(value) not in first:
+                key = str(node.target)
+                while key in tensors:  # a constant of the same name in another stage
+                    key += "_"
+                first[id(value)] = key
+                tensors[key] = value.detach().contiguous()
+            keys[name][str(node.target)] = first[id(value)]
+    return _unshared(tensors), keys
+
+
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """safetensors refuses tensors that share memory: all but the first of a storage are copied."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer in seen or tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
+            tensors[name] = tensor.clone()
+        seen.add(pointer)
+    return tensors
+
+
+def _describe(name: str, val: torch.Tensor, names: Mapping[str, str]) -> dict[str, Any]:
+    from ..to_onnx import dim_name
+
+    return {"name": name, "dtype": str(val.dtype).removeprefix("torch."), "shape": [dim_name(s, names) for s in val.shape]}
+
+
+class EagerCache(Cache):
+    """k and v[B, G, C, D] per layer on the device, zero where nothing was written."""
+
+    def __init__(self, layers: list[int], values: dict[str, torch.Tensor], lengths: np.ndarray, slot: torch.Tensor) -> None:
+        self.layers, self.values, self.lengths, self.slot = layers, values, lengths, slot
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.values.values())
+
+
+class EagerEngine(Engine):
+    """The stored graphs as torch modules; `modules[stage]` may be replaced (torch.compile)."""
+
+    def __init__(self, artifact: Artifact, device: str | None = None, attention: str | None = None) -> None:
+        import torch
+        from safetensors.torch import load_file
+
+        from ..fx_json import from_json
+
+        self.torch = torch
+        self.parts = artifact.manifest["components"]
+        any_part = next(iter(self.parts.values()))
+        self.device = torch.device(device or any_part["device"])
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise LowerError(f"eager: {artifact.path.name} was made for device {any_part['device']!r} and torch sees no CUDA device here")
+        replace = {torch.ops.foveate.attention.default: sdpa} if (attention or any_part["attention"]) == "sdpa" else {}
+        tensors = load_file(str(artifact.file(WEIGHTS)), device=str(self.device))
+        self.layers = [int(entry["layer"]) for entry in artifact.manifest["kv"]]
+        self.modules: dict[str, Any] = {}
+        self.names: dict[str, tuple[list[str], list[str]]] = {}
+        for stage, part in self.parts.items():
+            module, inputs, outputs = from_json(json.loads(artifact.file(part["file"]).read_text()), tensors, self.device, replace)
+            self.modules[stage], self.names[stage] = module, (inputs, outputs)
+
+    def run(self, stage: str, feeds: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """One stage on tensors or arrays, everything by name."""
+        inputs, outputs = self.names[stage]
+        if missing := [n for n in inputs if n not in feeds]:
+            raise LowerError(f"eager: {stage} lacks the inputs {missing}; given are {sorted(feeds)}")
+        types = {i["name"]: getattr(self.torch, i["dtype"]) for i in self.parts[stage]["inputs"]}
+        values = [self.torch.as_tensor(feeds[n]).to(self.device, types[n]) for n in inputs]
+        with self.torch.no_grad():
+            return dict(zip(outputs, self.modules[stage](*values), strict=True))
+
+    def vision(self, feeds: Arrays) -> Arrays:
+        return {n: _array(t) for n, t in self.run("vision", feeds).items()}
+
+    def prefill(self, feeds: Arrays, capacity: int) -> tuple[Arrays, EagerCache]:
+        check_prefix(feeds["attention_mask"])
+        out = self.run("prefill", feeds)
+        B, S = feeds["input_ids"].shape
+        symbols = {"B": B, "S": S, "N": feeds["image_features"].shape[1]}
+        values = {}
+        for layer in self.layers:
+            rows = evaluate(self.parts["prefill"]["rows"][str(layer)], symbols) + max(capacity - S, 1)
+            for name in (f"k.{layer}", f"v.{layer}"):
+                values[f"past_{name}"] = _padded(out[name], 2, rows)
+            if f"kv_pos.{layer}" in out:
+                values[f"past_pos.{layer}"] = _padded(out[f"kv_pos.{layer}"], 1, rows)
+        values |= {n: t for n, t in out.items() if n.startswith("conv.")}
+        slot = self.torch.as_tensor(feeds["attention_mask"]).sum(1, keepdim=True).to(self.device)
+        cache = EagerCache(self.layers, values, out["kv_lengths"].cpu().numpy().astype(np.int64), slot)
+        return {n: _array(t) for n, t in out.items() if n.partition(".")[0] not in ("k", "v", "conv", "kv_pos")}, cache
+
+    def decode(self, cache: EagerCache, input_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:  # type: ignore[override]
+        self._grow(cache)
+        feeds = {"input_ids": input_ids, "position_ids": position_ids, "lengths": cache.lengths, "slot": cache.slot, **cache.values}
+        out = self.run("decode", feeds)
+        samples = self.torch.arange(cache.lengths.shape[1], device=self.device)
+        for row, layer in enumerate(cache.layers):
+            at = self.torch.from_numpy(cache.lengths[row]).to(self.device)
+            for which in "kv":
+                cache.values[f"past_{which}.{layer}"][samples, :, at] = out[f"{which}.{layer}"][:, :, 0]
+            if f"past_pos.{layer}" in cache.values:
+                cache.values[f"past_pos.{layer}"][samples, at] = cache.slot[:, 0]
+        for name in [n for n in cache.values if n.startswith("conv.")]:
+            cache.values[name] = out[name]
+        cache.lengths, cache.slot = cache.lengths + 1, cache.slot + 1
+        return _array(out["logits"])
+
+    def _grow(self, cache: EagerCache) -> None:
+        for row, layer in enumerate(cache.layers):
+            have = cache.values[f"past_k.{layer}"].shape[2]
+            if int(cache.lengths[row].max(initial=0)) >= have:
+                for name, axis in ((f"past_k.{layer}", 2), (f"past_v.{layer}", 2), (f"past_pos.{layer}", 1)):
+                    if name in cache.values:
+                        cache.values[name] = _padded(cache.values[name], axis, 2 * have)
+
+    def close(self) -> None:
+        self.modules.clear()
+
+
+def _padded(value: torch.Tensor, axis: int, rows: int) -> torch.Tensor:
+    """The tensor at the front of a zero one with `rows` along `axis`."""
+    shape = list(value.shape)
+    shape[axis] = rows
+    room = value.new_zeros(shape)
+    room.narrow(axis, 0, value.shape[axis]).copy_(value)
+    return room
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+
+
+def sdpa(q: Any, k: Any, v: Any, mask: Any, q_pos: Any, k_pos: Any, scale: float, causal: bool, window: int, softcap: float, layer: int) -> Any:
+    """`foveate.attention` by torch's fused kernels where they can say it, by its body elsewhere. Valid rows are a prefix (padding on the right)."""
+    import torch
+
+    from ...graph.ops import REFERENCE
+
+    square = q.shape[2] == k.shape[2]
+    key_mask = mask is not None and mask.dim() == 2
+    if softcap or causal and (window or q_pos is not None or not square or mask is not None and not key_mask):
+        return REFERENCE[torch.ops.foveate.attention.default](q, k, v, mask, q_pos, k_pos, scale, causal, window, softcap, layer)
+    if causal:
+        mask = None  # the causal order hides the padding behind every valid row already
+    elif key_mask:
+        mask = mask[:, None, None, :]
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=bool(causal), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2).contiguous()
