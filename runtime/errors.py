@@ -5,3 +5,7 @@ from ..graph.errors import FoveateError
 
 class RunError(FoveateError):
     """An artifact cannot be run as asked: picture, prompt, option or machine. The message says what was found and what is possible."""
+
+
+class GateError(FoveateError):
+    """A verdict cannot be reached: items that do not match, a score that is no number, an impossible demand."""
