@@ -15,10 +15,13 @@ from torch._ops import OpOverload
 REFERENCE: dict[OpOverload, Callable[..., Any]] = {}  # export/ expands what its backend does not fuse
 
 
-def op(body: Callable[..., Any]) -> OpOverload:
-    """Register `body` as `foveate::<its name>` and return the overload."""
+def op(body: Callable[..., Any], fake: Callable[..., Any] | None = None) -> OpOverload:
+    """Register `body` as `foveate::<its name>` and return the overload.
+
+    fake: only where tracing the body would be slow or would put guards on symbolic sizes; a test must hold it against the body.
+    """
     custom = torch.library.custom_op(f"foveate::{body.__name__}", body, mutates_args=())
-    custom.register_fake(body)
+    custom.register_fake(fake or body)
     overload = getattr(torch.ops.foveate, body.__name__).default
     backward, remember = _gradient(body)
     custom.register_autograd(backward, setup_context=remember)

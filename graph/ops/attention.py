@@ -1,5 +1,8 @@
 """Scaled dot-product attention of one layer, as one node."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +32,11 @@ def attention_logits(q: Tensor, k: Tensor, mask: Tensor | None, q_pos: Tensor | 
     return logits
 
 
-@op
+def _shape(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@partial(op, fake=_shape)
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None,
               scale: float, causal: bool, window: int, softcap: float, layer: int) -> Tensor:
     """q[B, H, S, D], k[B, G, T, D], v[B, G, T, Dv]  ->  y[B, S, H, Dv] = softmax(q k^T scale) v
