@@ -25,6 +25,7 @@ def retype(stage: Stage) -> int:
     """
     mode = fake_mode(stage)
     dirty: set[Node] = set()
+    known: dict[Any, Any] = {}  # layers repeat: one computation per kind of node
     count = 0
     for node in stage.graph.nodes:
         if node.op == "get_attr" and "val" not in node.meta:
@@ -33,7 +34,8 @@ def retype(stage: Stage) -> int:
         if node.op != "call_function" or (fresh and dirty.isdisjoint(node.all_input_nodes)):
             continue
         count += 1
-        value = _compute(node, mode)
+        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        value = known[key] if key in known else known.setdefault(key, _compute(node, mode))
         if "val" not in node.meta or _type(node.meta["val"]) != _type(value):
             dirty.add(node)
         node.meta["val"] = value
@@ -57,11 +59,27 @@ def _compute(node: Node, mode: FakeTensorMode) -> Any:
 
 
 def _type(value: Any) -> Any:
+    """What readers can tell of a value: sizes as expressions, layout, dtype, device."""
     if isinstance(value, torch.Tensor):
-        return tuple(str(d) for d in value.shape), value.dtype
+        return tuple(map(_size, value.shape)), tuple(map(_size, value.stride())), _size(value.storage_offset()), value.dtype, value.device
     if isinstance(value, (tuple, list)):
         return tuple(_type(v) for v in value)
-    return str(value)
+    return _size(value)
+
+
+def _size(value: Any) -> Any:
+    return value.node.expr if isinstance(value, torch.SymInt) else (type(value), value)
+
+
+def _frozen(value: Any) -> Any:
+    """Arguments of a node as a key: other nodes by the type of their value."""
+    if isinstance(value, Node):
+        return Node, _type(value.meta["val"])
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _frozen(v)) for k, v in sorted(value.items()))
+    return (type(value), value)
 
 
 def _attribute(stage: Stage, path: str) -> torch.Tensor:
