@@ -13,8 +13,9 @@ def top_tokens(score: Tensor, k: int, budget: Tensor | None) -> Tensor:
     Ties go to the lower index, NaN ranks last.
     """
     score = torch.where(score.isnan(), float("-inf"), score.float())
-    best = score.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    within = torch.ones_like(best, dtype=torch.bool)
+    order = score.sort(dim=1, descending=True, stable=True).indices
+    # no slice [:, :k]: traced with a symbolic T whose sample is shorter than k, it would be dropped as "the whole row"
+    taken = (torch.arange(score.shape[1], device=score.device)[None] < k).expand(order.shape)
     if budget is not None:
-        within = torch.arange(best.shape[1], device=score.device)[None] < budget[:, None]
-    return torch.zeros_like(score, dtype=torch.bool).scatter(1, best, within.expand(best.shape))
+        taken = taken & (torch.arange(score.shape[1], device=score.device)[None] < budget[:, None])
+    return torch.zeros_like(score, dtype=torch.bool).scatter(1, order, taken)
