@@ -23,7 +23,10 @@ DROPS = (0.0, 0.01, 0.02, 0.05)
 SLICES = 8
 RARE = 10  # expected changes below which an exact level cannot exist: the count of changes is one of a few numbers
 # changes of answers scored in thirds (VQA accuracy) and in tenths (ANLS-like); the last entry per value is the share of all changes
-GRADED = {"thirds": (np.arange(-3, 4) / 3, np.array([3, 2, 2, 0, 2, 2, 3.0])), "tenths": (np.arange(-10, 11) / 10, np.r_[np.arange(10, 0, -1), 0, np.arange(1, 11)].astype(float))}
+GRADED = {
+    "thirds": (np.arange(-3, 4) / 3, np.array([3, 2, 2, 0, 2, 2, 3.0])),
+    "tenths": (np.arange(-10, 11) / 10, np.r_[np.arange(10, 0, -1), 0, np.arange(1, 11)].astype(float)),
+}
 
 
 def trinomial(change: float, drop: float) -> np.ndarray:
@@ -41,8 +44,11 @@ def misses(rng: np.random.Generator, values: np.ndarray, p: np.ndarray, n: int, 
     table, index = np.unique(draw(rng, n, p, replicates), axis=0, return_inverse=True)
     weight = np.bincount(index.ravel()) / replicates
     lower, upper = tails(Differences(values, table, step), float(values @ p))
-    return {f"{side}_{100 * level:g}": round(float((weight * (t <= 1 - level)).sum()), 5)
-            for level in (0.95, 0.975, 0.99) for side, t in (("lower", lower), ("upper", upper))}
+    return {
+        f"{side}_{100 * level:g}": round(float((weight * (t <= 1 - level)).sum()), 5)
+        for level in (0.95, 0.975, 0.99)
+        for side, t in (("lower", lower), ("upper", upper))
+    }
 
 
 def coverage(rng: np.random.Generator, replicates: int) -> Iterator[dict]:
@@ -54,7 +60,14 @@ def coverage(rng: np.random.Generator, replicates: int) -> Iterator[dict]:
                     if drop > accuracy or drop + change > 2 * (1 - accuracy) + 2 * drop:
                         continue
                     p = trinomial(change, drop)
-                    yield {"scores": "0/1", "n": n, "accuracy": accuracy, "changed": round(float(1 - p[1]), 5), "drop": drop, **misses(rng, BINARY, p, n, replicates, 1.0)}
+                    yield {
+                        "scores": "0/1",
+                        "n": n,
+                        "accuracy": accuracy,
+                        "changed": round(float(1 - p[1]), 5),
+                        "drop": drop,
+                        **misses(rng, BINARY, p, n, replicates, 1.0),
+                    }
         for name, (values, weights) in GRADED.items():
             for change in (0.05, 0.3):
                 for drop in (0.0, 0.02):
@@ -62,7 +75,14 @@ def coverage(rng: np.random.Generator, replicates: int) -> Iterator[dict]:
                     p[values == 0] = 1 - change
                     share = drop / float(p @ np.abs(values))
                     p = np.where(values < 0, p * (1 + share), np.where(values > 0, p * (1 - share), p))
-                    yield {"scores": name, "n": n, "accuracy": None, "changed": change, "drop": drop, **misses(rng, values, p, n, replicates, float(values[-1] - values[-2]))}
+                    yield {
+                        "scores": name,
+                        "n": n,
+                        "accuracy": None,
+                        "changed": change,
+                        "drop": drop,
+                        **misses(rng, values, p, n, replicates, float(values[-1] - values[-2])),
+                    }
 
 
 def gate(rng: np.random.Generator, rule: Rule, change: float, drop: float, n: int, replicates: int) -> dict:
@@ -76,7 +96,12 @@ def gate(rng: np.random.Generator, rule: Rule, change: float, drop: float, n: in
         counts += rng.multinomial(more, p, size=(replicates, SLICES))
         used[status == 0] = per[look] * SLICES
         status = np.where(status == 0, decide(counts, rule, look), status)
-    return {"PASS": float((status == 1).mean()), "FAIL": float((status == 2).mean()), "INCONCLUSIVE": float((status == 0).mean()), "mean_items": float(used.mean())}
+    return {
+        "PASS": float((status == 1).mean()),
+        "FAIL": float((status == 2).mean()),
+        "INCONCLUSIVE": float((status == 0).mean()),
+        "mean_items": float(used.mean()),
+    }
 
 
 def decide(counts: np.ndarray, rule: Rule, look: int) -> np.ndarray:
@@ -94,8 +119,14 @@ def rates(rng: np.random.Generator, replicates: int) -> Iterator[dict]:
                 rule = Rule(margin=margin, looks=looks)
                 n = recommended(rule, change)
                 for multiple in (0, 1, 2):
-                    yield {"looks": looks, "margin": margin, "changed": change, "n": n, "true_drop": multiple * margin,
-                           **gate(rng, rule, change, multiple * margin, n, replicates)}
+                    yield {
+                        "looks": looks,
+                        "margin": margin,
+                        "changed": change,
+                        "n": n,
+                        "true_drop": multiple * margin,
+                        **gate(rng, rule, change, multiple * margin, n, replicates),
+                    }
 
 
 def summary(cover: list[dict], gates: list[dict]) -> dict:
@@ -107,10 +138,16 @@ def summary(cover: list[dict], gates: list[dict]) -> dict:
         total = [c[f"lower_{level}"] + c[f"upper_{level}"] for c in cover]
         often = [c[f"lower_{level}"] + c[f"upper_{level}"] for c in frequent]
         out[f"interval_{100 - 200 * nominal:g}"] = {
-            "nominal_coverage": 1 - 2 * nominal, "lowest": round(1 - max(total), 4), "lowest_frequent": round(1 - max(often), 4),
-            "median_frequent": round(1 - float(np.median(often)), 4), "highest_frequent": round(1 - min(often), 4),
+            "nominal_coverage": 1 - 2 * nominal,
+            "lowest": round(1 - max(total), 4),
+            "lowest_frequent": round(1 - max(often), 4),
+            "median_frequent": round(1 - float(np.median(often)), 4),
+            "highest_frequent": round(1 - min(often), 4),
             "within_1_point_frequent": round(float(np.mean([abs(t - 2 * nominal) <= 0.01 for t in often])), 4),
-            "worst_one_sided_miss": max(max(c[f"lower_{level}"], c[f"upper_{level}"]) for c in cover), "cells": len(cover), "cells_frequent": len(frequent)}
+            "worst_one_sided_miss": max(max(c[f"lower_{level}"], c[f"upper_{level}"]) for c in cover),
+            "cells": len(cover),
+            "cells_frequent": len(frequent),
+        }
     for looks in (1, 5):
         rows = [g for g in gates if g["looks"] == looks]
         at = {m: [g for g in rows if round(g["true_drop"] / g["margin"]) == m] for m in (0, 1, 2)}
@@ -119,7 +156,8 @@ def summary(cover: list[dict], gates: list[dict]) -> dict:
             "drop_margin": {"PASS_highest": max(g["PASS"] for g in at[1]), "FAIL_highest": max(g["FAIL"] for g in at[1])},
             "drop_2_margins": {"PASS_highest": max(g["PASS"] for g in at[2])},
             "mean_items_share_drop_0": round(float(np.mean([g["mean_items"] / g["n"] for g in at[0]])), 3),
-            "mean_items_share_drop_2_margins": round(float(np.mean([g["mean_items"] / g["n"] for g in at[2]])), 3)}
+            "mean_items_share_drop_2_margins": round(float(np.mean([g["mean_items"] / g["n"] for g in at[2]])), 3),
+        }
     return out
 
 
@@ -130,9 +168,15 @@ def main() -> None:
     args = parser.parse_args()
     start, rng = time.perf_counter(), np.random.default_rng(20240521)
     cover = list(coverage(rng, args.replicates))
-    gates = list(rates(rng, max(200, args.replicates // 5)))
-    result = {"summary": summary(cover, gates), "replicates": {"coverage": args.replicates, "gate": max(200, args.replicates // 5)}, "slices": SLICES,
-              "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__}, "gates": gates, "coverage": cover}
+    gates = list(rates(rng, max(200, args.replicates // 2)))
+    result = {
+        "summary": summary(cover, gates),
+        "replicates": {"coverage": args.replicates, "gate": max(200, args.replicates // 2)},
+        "slices": SLICES,
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__},
+        "gates": gates,
+        "coverage": cover,
+    }
     print(json.dumps(result["summary"], indent=1))
     print(f"{time.perf_counter() - start:.0f} s")
     if args.output:

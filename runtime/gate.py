@@ -161,12 +161,18 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able"""
-        return {**asdict(self), "status": self.status.value, "exit_code": self.exit_code,
-                "rows": [{**asdict(r), "status": r.status.value} for r in self.rows],
-                "latency": [{**asdict(x), "status": x.status.value} for x in self.latency]}
+        return {
+            **asdict(self),
+            "status": self.status.value,
+            "exit_code": self.exit_code,
+            "rows": [{**asdict(r), "status": r.status.value} for r in self.rows],
+            "latency": [{**asdict(x), "status": x.status.value} for x in self.latency],
+        }
 
 
-def judge(pairs: Sequence[Pair], rule: Rule, latency: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None, look: int | None = None) -> Verdict:
+def judge(
+    pairs: Sequence[Pair], rule: Rule, latency: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None, look: int | None = None
+) -> Verdict:
     """The verdict on these items. latency: name -> (candidate ms, baseline ms) taken in alternation. look: 0-based, default the last."""
     _check(pairs)
     look = rule.looks - 1 if look is None else look
@@ -180,7 +186,16 @@ def judge(pairs: Sequence[Pair], rule: Rule, latency: Mapping[str, tuple[Sequenc
     others = sorted(_decide_all(others, alarm, rule, look), key=lambda r: (r.status is not Status.FAIL, r.difference, r.name))
     speed = _latency(latency or {}, rule)
     status, reasons = _conclude(overall, others, speed, rule)
-    return Verdict(status, tuple(reasons), (overall, *others), missing, tuple(speed), rule, look, stopped_early=look < rule.looks - 1 and status is not Status.INCONCLUSIVE)
+    return Verdict(
+        status,
+        tuple(reasons),
+        (overall, *others),
+        missing,
+        tuple(speed),
+        rule,
+        look,
+        stopped_early=look < rule.looks - 1 and status is not Status.INCONCLUSIVE,
+    )
 
 
 def recommended(rule: Rule, discordance: float) -> int:
@@ -210,9 +225,26 @@ def _row(name: str, kind: str, pairs: Sequence[Pair], rule: Rule, look: int, mar
     harmless, seen = (items_needed(d, margin, rule.confidence, rule.power, _inflation(rule)) for d in (data.symmetric(), data))
     if data.mean < -margin:
         seen = items_needed(data, margin, 1 - rule.alarm / 2, rule.power, fail=True)
-    return Row(name, kind, metrics[0] if len(metrics) == 1 else "mixed", n, float(a.mean()), float(b.mean()), float((b - a).mean()), *interval(data, 1 - alpha),
-               wilson(float(b.sum()), n, rule.confidence), gains, losses, margin, float(low), float(high), mcnemar(gains, losses), Status.INCONCLUSIVE,
-               _scaled(harmless, scale), _scaled(seen, scale))
+    return Row(
+        name,
+        kind,
+        metrics[0] if len(metrics) == 1 else "mixed",
+        n,
+        float(a.mean()),
+        float(b.mean()),
+        float((b - a).mean()),
+        *interval(data, 1 - alpha),
+        wilson(float(b.sum()), n, rule.confidence),
+        gains,
+        losses,
+        margin,
+        float(low),
+        float(high),
+        mcnemar(gains, losses),
+        Status.INCONCLUSIVE,
+        _scaled(harmless, scale),
+        _scaled(seen, scale),
+    )
 
 
 def _scaled(count: int | None, scale: float) -> int | None:
@@ -274,7 +306,9 @@ def _latency(latency: Mapping[str, tuple[Sequence[float], Sequence[float]]], rul
         except ValueError as error:
             raise GateError(f"gate: latency {name}: {error}") from None
         decided = limit is not None and len(candidate) >= 5
-        status = Status.INCONCLUSIVE if not decided else Status.PASS if high <= limit else Status.FAIL if low > limit else Status.INCONCLUSIVE
+        status = (
+            Status.INCONCLUSIVE if not decided else Status.PASS if high <= limit else Status.FAIL if low > limit else Status.INCONCLUSIVE
+        )
         out.append(Latency(name, ratio, low, high, limit if limit is not None else float("inf"), len(candidate), status))
     return out
 
@@ -292,7 +326,9 @@ def _conclude(overall: Row, others: Sequence[Row], speed: Sequence[Latency], rul
         return Status.INCONCLUSIVE, [*reasons, "latency: a largest ratio was asked for, but nothing was measured"]
     if open_rows or slow:
         return Status.INCONCLUSIVE, reasons
-    return Status.PASS, [f"overall: the candidate loses at most {points(-overall.lower)} points with {rule.confidence:.0%} confidence (margin {points(overall.margin)}, n={overall.n})"]
+    return Status.PASS, [
+        f"overall: the candidate loses at most {points(-overall.lower)} points with {rule.confidence:.0%} confidence (margin {points(overall.margin)}, n={overall.n})"
+    ]
 
 
 def points(value: float) -> str:
@@ -301,8 +337,10 @@ def points(value: float) -> str:
 
 
 def _failed(row: Row) -> str:
-    return (f"{row.name}: worse by {points(-row.difference)} points (at least {points(-row.upper)}), more than the margin of {points(row.margin)}; "
-            f"{row.losses} items lost, {row.gains} gained of {row.n} (adjusted p {row.p_fail:.2g})")
+    return (
+        f"{row.name}: worse by {points(-row.difference)} points (at least {points(-row.upper)}), more than the margin of {points(row.margin)}; "
+        f"{row.losses} items lost, {row.gains} gained of {row.n} (adjusted p {row.p_fail:.2g})"
+    )
 
 
 def _slow(x: Latency) -> str:
@@ -314,8 +352,11 @@ def _open(row: Row, rule: Rule) -> str:
     seen = f"{row.name}: difference {points(row.difference)} points [{points(row.lower)}, {points(row.upper)}] does not decide a margin of {points(row.margin)} with {row.n} items"
     if row.n < MINIMUM:
         seen = f"{row.name}: {row.n} items are too few to judge (at least {MINIMUM})"
-    more = [f"{max(0, needed - row.n)} more items ({needed} in all) {why}" for needed, why in
-            ((row.needed, "if nothing is truly lost"), (row.needed_as_seen, "if the difference is as seen")) if needed is not None and needed > row.n]
+    more = [
+        f"{max(0, needed - row.n)} more items ({needed} in all) {why}"
+        for needed, why in ((row.needed, "if nothing is truly lost"), (row.needed_as_seen, "if the difference is as seen"))
+        if needed is not None and needed > row.n
+    ]
     if not more:
         more = [f"a repetition with other items has a {rule.power:.0%} chance to decide"]
     return f"{seen}; needed for a verdict with {rule.power:.0%} chance: {', '.join(dict.fromkeys(more))}"
