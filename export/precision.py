@@ -34,7 +34,7 @@ LARGEST = {torch.float16: 65504.0}  # what a narrowing cast may meet; bfloat16 r
 
 PRODUCTS = frozenset(
     "linear matmul mm bmm addmm baddbmm conv1d conv2d conv3d convolution einsum scaled_dot_product_attention _grouped_mm "
-    "attention attention_varlen attention_rows kv_store kv_append".split())
+    "attention attention_varlen attention_rows attention_columns kv_store kv_append".split())
 ISLANDS = frozenset(
     "layer_norm native_layer_norm group_norm rms_norm batch_norm norm linalg_vector_norm var std mean sum prod cumsum logsumexp softmax _softmax "
     "log_softmax _log_softmax pow square rsqrt sqrt reciprocal exp exp2 log log2 softplus sigmoid tanh erf gelu silu silu_ mish cos sin "
@@ -213,7 +213,7 @@ def _is_conversion(node: Node) -> bool:
 
 def _float_masks(node: Node) -> set[Node]:
     """The additive mask of an attention keeps its type: the op adds it to float32 logits."""
-    names = {"attention": 3, "attention_rows": 2, "scaled_dot_product_attention": 3}
+    names = {"attention": 3, "attention_rows": 2, "attention_columns": 2, "scaled_dot_product_attention": 3}
     at = names.get(kind(node))
     return {node.args[at]} if at is not None and len(node.args) > at and isinstance(node.args[at], Node) else set()
 

@@ -142,6 +142,11 @@ def _rows(node: Node) -> Any:
     return 2 * _product((B, H, R, T, D))
 
 
+def _columns(node: Node) -> Any:
+    (B, H, S, D), T = _shape(node.args[0]), _shape(node)[2]
+    return 2 * _product((B, H, S, T)) * (_size(D) + 1)
+
+
 def _convolution(node: Node) -> Any:
     weight = _shape(node.args[1])
     return 2 * _product(_shape(node)) * _product(weight[1:])
@@ -160,5 +165,6 @@ RULES: dict[Any, Callable[[Node], Any]] = {
     F.attention.default: _attention,
     F.attention_varlen.default: _attention,
     F.attention_rows.default: _rows,
+    F.attention_columns.default: _columns,
     F.merge_tokens.default: lambda n: 2 * _product(_shape(n)) * _size(_shape(n.args[0])[1]),
 }

@@ -116,19 +116,20 @@ class Reduce(Pass):
     def choose(self, program: Program, where: Site, keep: Keep) -> Choice:
         """Insert score and selection before the site."""
         stage, merging = program["prefill"], self.merge is not None
-        found = self._taps(program, where)
+        counted = self.of_prompt and not isinstance(keep, int)
+        found = self._taps(program, where, ["original"] if counted else [])
         names = list(found)
         roles = [role(program, name, where.first) for name in ("visual", "valid")]
-        inputs = [*roles, where.hidden, taps.original(program, where)["original"], stage.placeholder("input_ids"), stage.placeholder(program.facts.features[0])]
+        inputs = [*roles, where.hidden, stage.placeholder("input_ids"), stage.placeholder(program.facts.features[0])]
 
-        def select(visual: Tensor, valid: Tensor, hidden: Tensor, original: Tensor, ids: Tensor, features: Tensor, *values: Any) -> tuple[Any, ...]:
+        def select(visual: Tensor, valid: Tensor, hidden: Tensor, ids: Tensor, features: Tensor, *values: Any) -> tuple[Any, ...]:
             text = ids.shape[1] - features.shape[1]
             here = hidden.shape[1] - text  # bound on the visual tokens at the site
-            bound, budget, present = self.count(keep, features.shape[1] if self.of_prompt else here), None, visual & valid
+            read, present = dict(zip(names, values, strict=True)), visual & valid
+            bound, budget = self.count(keep, features.shape[1] if counted else here), None
             if not isinstance(keep, int) or self.limit or merging or "budget" in self._asked():
                 left = present.sum(1)
-                budget = left.clamp(max=bound) if isinstance(keep, int) else torch.minimum(self.count(keep, original if self.of_prompt else left), left)
-            read = dict(zip(names, values, strict=True)) | {"budget": budget, "original": original}
+                budget = read["budget"] = left.clamp(max=bound) if isinstance(keep, int) else self.count(keep, read["original"] if counted else left)
             score = self.score(**{n: read[n] for n in _names(self.score)}).float()
             if self.limit:
                 budget = torch.minimum(budget, self.limit(**{n: read[n] for n in _names(self.limit)}))
@@ -136,7 +137,7 @@ class Reduce(Pass):
             best = F.top_tokens(torch.where(present, score, float("-inf")), bound, budget)
             if not merging:
                 return valid & (~visual | best), text + bound, bound
-            best, hidden = self.merge(hidden, score, best & present, present, self.merged(here - bound))
+            best, hidden = self.merge(hidden, score, best & present, present, here - bound)
             bound = bound + self.merged(here - bound)
             return valid & (~visual | best), text + bound, bound, hidden
 
@@ -145,8 +146,8 @@ class Reduce(Pass):
     def _asked(self) -> list[str]:
         return [*_names(self.score), *(_names(self.limit) if self.limit else [])]
 
-    def _taps(self, program: Program, where: Site) -> dict[str, Any]:
-        names = list(dict.fromkeys(n for n in self._asked() if n not in ("budget", "original")))
+    def _taps(self, program: Program, where: Site, more: list[str]) -> dict[str, Any]:
+        names = list(dict.fromkeys(n for n in [*self._asked(), *more] if n != "budget"))
         found = taps.collect(program, where, names)
         if unknown := [n for n in names if n not in found]:
             if set(unknown) <= set(taps.ATTENTION):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .reduce import SHARE, Keep, Layer, Reduce
+from .reduce import SHARE, Keep, Layer, Reduce, share
 from .taps import last_valid
 
 
@@ -52,4 +52,4 @@ class Staged(Reduce):
         return tuple(zip(self.layers, self.keeps, strict=True))
 
 
-__all__ = ["SHARE", "Keep", "Layer", "Select", "Staged", "last_valid"]
+__all__ = ["SHARE", "Keep", "Layer", "Select", "Staged", "last_valid", "share"]

@@ -6,12 +6,14 @@
     normed[B, T, D]                                                    the stream through the model's final norm
     rows[B, R], row_weight[B, R]                                       the question: text tokens behind the last visual one; weights add up to 1
     raters[B, R]                                                       the same rows, weighted by their relevance to the image (SparseVLM)
+    image[B, T]                                                        which image of the sample a visual token comes from
     original[B], budget[B]                                             visual tokens of the sample in the prompt, and those that may stay
 R = S - N, the largest number of text tokens of a sample.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +39,7 @@ def collect(program: Program, where: Site, names: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"hidden": where.hidden}
     found |= {name: role(program, name, where.first) for name in ROLES}
     groups: list[tuple[tuple[str, ...], Callable[[Program, Site], dict[str, Any]]]] = [
-        (ATTENTION, before), (AHEAD, ahead), (("normed",), normed), (QUESTION, question), (("original",), original)]
+        (ATTENTION, before), (AHEAD, ahead), (("normed",), normed), (QUESTION, question), (("original",), original), (("image",), image)]
     for group, build in groups:
         if set(group) & set(names):
             found |= build(program, where)
@@ -103,8 +105,6 @@ def replay(stage: Stage, where: Site, wanted: Node, feed: dict[Node, Any]) -> No
 
 def normed(program: Program, where: Site) -> dict[str, Any]:
     """The residual stream through what lies between the last layer and the head."""
-    import re
-
     stage, pattern = program["prefill"], re.compile(program.facts.layer_path)
     nodes = list(stage.graph.nodes)
     order = {n: i for i, n in enumerate(nodes)}
@@ -123,6 +123,14 @@ def original(program: Program, where: Site) -> dict[str, Any]:
     first = site(program, 0).first
     count = splice(program["prefill"], first, lambda a, b: (a & b).sum(1), role(program, "visual", first), role(program, "valid", first))
     return {"original": count}
+
+
+def image(program: Program, where: Site) -> dict[str, Any]:
+    """Images in the order of the prompt; a model whose images bring no fixed number of tokens has no such tap."""
+    each = program.facts.visual_per_image
+    if each is None:
+        return {}
+    return {"image": splice(program["prefill"], where.first, lambda rank: rank.clamp(min=0) // each, role(program, "visual_index", where.first))}
 
 
 def question(program: Program, where: Site) -> dict[str, Any]:

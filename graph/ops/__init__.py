@@ -3,7 +3,11 @@
     attention           q, k, v -> context, one node per layer (GQA, masks, windows, soft cap inside)
     attention_varlen    the same for packed vision segments
     attention_rows      probabilities of chosen query rows only: the score tap
+    attention_columns   what every token receives, summed over weighted rows: the second pass, one head at a time
     top_tokens          mark the k best tokens of a row
+    farthest_tokens     greedy max-min choice
+    dpp_tokens          greedy choice by relevance and difference
+    thin_tokens         removal of near-duplicates
     compact_tokens      a keep mask as a gather index
     keep_tokens         gather K of T tokens
     merge_tokens        weighted sums of groups of tokens

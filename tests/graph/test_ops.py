@@ -22,12 +22,13 @@ def _examples():
         "attention": (q, k, v, mask, None, None, 0.3, True, 0, 0.0, 0),
         "attention_varlen": (q, q, q, torch.tensor([0, 2, 5]), 0.3, 0),
         "attention_rows": (q, k[:, :, :5].contiguous(), mask[:, :5], torch.tensor([[4], [3]]), 0.3, True, 0.0),
+        "attention_columns": (q, k[:, :, :5].contiguous(), mask[:, :5], torch.tensor([[0.0, 1, 2, 0, 1], [1, 1, 1, 1, 1]]), 0.3, True, 0.0),
         "keep_tokens": (x, index),
         "compact_tokens": (keep, 4),
         "top_tokens": (torch.randn(2, 6), 3, None),
         "merge_tokens": (x, torch.rand(2, 4, 6)),
         "insert_tokens": (x, torch.randn(2, 3), torch.tensor([2, 0])),
-        "scatter_tokens": (x, torch.randn(2, 3, 3), index),
+        "scatter_tokens": (x, torch.randn(2, 3, 3), keep),
         "kv_store": (k, 0, "k"),
         "kv_append": (k, k[:, :, :1].contiguous(), 0, "k"),
         "kv_mask": (k, torch.tensor([[3, 7]]), 0),
@@ -48,7 +49,7 @@ def test_declaration(name):
     torch.library.opcheck(NAMES[name], EXAMPLES[name], test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_rows", "keep_tokens", "merge_tokens", "insert_tokens", "scatter_tokens", "last_token", "splice_image_features"])
+@pytest.mark.parametrize("name", ["attention", "attention_rows", "attention_columns", "keep_tokens", "merge_tokens", "insert_tokens", "scatter_tokens", "last_token", "splice_image_features"])
 def test_gradient(name):
     """Against finite differences, in float64 with the softmax in float32: 1e-3 is what float32 leaves of a difference quotient."""
     def double(a):
@@ -118,3 +119,18 @@ def test_quantization_error_is_at_most_half_a_step(bits, axis):
     assert bool((error <= scale / 2 + 1e-6).all())
     want = np.rint(x.numpy() / scale.numpy()).clip(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
     np.testing.assert_array_equal(codes.numpy(), want)
+
+
+def test_attention_columns_add_up_the_rows_of_eager_attention():
+    q, k, mask, weight, scale, causal, cap = EXAMPLES["attention_columns"]
+    every = torch.arange(5)[None].expand(2, 5)
+    rows = F.attention_rows(q, k, mask, every, scale, causal, cap)  # eager: [B, H, S, T]
+    got = F.attention_columns(q, k, mask, weight, scale, causal, cap)
+    torch.testing.assert_close(got, (rows * weight[:, None, :, None]).sum(2), rtol=0, atol=1e-6)  # five addends of size 1 in float32
+    assert got.shape == (2, 4, 5)
+
+
+def test_scatter_is_the_inverse_of_a_gather_whatever_the_filler_holds():
+    x, _, keep = EXAMPLES["scatter_tokens"]
+    y = F.keep_tokens(x, F.compact_tokens(keep, 5)) * 2
+    torch.testing.assert_close(F.scatter_tokens(x, y, keep), torch.where(keep[..., None], 2 * x, x), rtol=0, atol=0)
