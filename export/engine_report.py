@@ -9,6 +9,7 @@ Reading stops at what the file says: speed is known only on the GPU.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +33,11 @@ class Kernel:
     def attention(self) -> bool:
         return self.name.startswith((GEMV, GEMM))
 
+    @property
+    def threads(self) -> int:
+        """Of the largest launch, as far as the file fixes it."""
+        return math.prod(max(int(n), 1) for n in f"{self.grid} {self.block}".split() if n.isdigit())
+
 
 @dataclass(frozen=True)
 class EngineReport:
@@ -54,6 +60,12 @@ class EngineReport:
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def cache_copies(self) -> int:
+        """Kernels of a decode step that write a past of its own: a concatenation with at least one thread per row of the longest past."""
+        rows = max((shapes[2][1] for name, shapes in self.profile.items() if name.startswith("past_k.")), default=0)
+        return sum("Conc" in k.name and not k.attention and k.threads >= rows for k in self.kernels) if rows else 0
+
+    @property
     def fused(self) -> int:
         """How many attention layers became one kernel each."""
         return sum(k.attention for k in self.kernels)
@@ -69,13 +81,14 @@ class EngineReport:
         if self.fused < self.attention_layers:
             found = ", ".join(f"{n} x {name}" for name, n in names.items()) or "none"
             return f"{self.attention_layers - self.fused} of {self.attention_layers} layers are not one fused kernel (fused: {found})"
-        return ", ".join(f"{n} x {name}" for name, n in names.items())
+        copies = f"; {self.cache_copies} kernels copy the cache" if self.cache_copies else ""
+        return ", ".join(f"{n} x {name}" for name, n in names.items()) + copies
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: fields, the attention sentence and kernel counts by name."""
         plain = asdict(self)
         plain["kernels"] = [asdict(k) for k in self.kernels]
-        return plain | {"kernel_count": len(self.kernels), "fused_attention": self.fused, "attention": self.attention}
+        return plain | {"kernel_count": len(self.kernels), "fused_attention": self.fused, "cache_copies": self.cache_copies, "attention": self.attention}
 
 
 def kernels(plan: bytes | memoryview) -> list[Kernel]:

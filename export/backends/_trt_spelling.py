@@ -8,6 +8,8 @@ grid (16 to 256 in eights) have no kernel and are spelt out.
 Decode is spelt out always: products around a float32 softmax, keys expanded over their group, fold with the concatenation of past and new rows
 into one kernel per layer; the fused op would copy the cache first. They fold only when the batch is fixed. For batch 1 the caller binds exactly
 the valid rows, so the mask goes, and the kernel reads eight values at a time instead of one.
+RoPE tables are written to memory once: left as arithmetic they would be fused into the first layer's kernel, and every further layer would copy its
+cache (found by bisection; a sum over an axis of one is the identity that is not fused through).
 The cache is token-major, [B, P, G, D]: with batch 1 a new row is written right behind the past, with no copy.
 """
 
@@ -38,6 +40,8 @@ def respell(program: Program, batch_one: bool) -> None:
     """Rewrite the attention of every stage, and lay the cache out token-major."""
     for name, stage in program.stages.items():
         _Respelling(stage, decode=name == "decode", batch_one=batch_one).run()
+        if name == "decode":
+            write_tables(stage)
         if name != "vision":
             token_major(stage)
         stage.graph.eliminate_dead_code()
@@ -216,6 +220,41 @@ def is_padding(mask: Any) -> bool:
         return all(is_padding(a) for a in mask.args[:2])
     one = (KEEP, aten.ne.Scalar, aten.gt.Scalar, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.alias.default, aten.to.device)
     return mask.target in one and is_padding(mask.args[0])
+
+
+# ** RoPE tables **
+
+def write_tables(stage: Stage) -> None:
+    """Every float value made of positions and constants alone that meets hidden states goes through a running sum over one element."""
+    alone = _from_positions(stage)
+    merged: dict[Any, Node] = {}
+    for node in [n for n in stage.graph.nodes if n in alone]:  # layers make the same views of one table: make each once
+        key = (node.target, repr(node.args), repr(node.kwargs))
+        first = merged.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+    order = {n: i for i, n in enumerate(stage.graph.nodes)}
+    for node in sorted(merged.values(), key=order.__getitem__):
+        readers = [u for u in node.users if u not in alone]
+        axis = next((i for i, size in enumerate(node.meta["val"].shape) if isinstance(size, int) and size == 1), None)  # one query: there is one
+        if readers and axis is not None and node.meta["val"].is_floating_point():
+            with stage.graph.inserting_after(node):
+                table = stage.graph.call_function(aten.cumsum.default, (node, axis))
+            for reader in readers:
+                reader.replace_input_with(node, table)
+
+
+def _from_positions(stage: Stage) -> set[Node]:
+    """Tensor nodes that depend on position_ids, and on nothing else that varies."""
+    alone: set[Node] = set()
+    for node in stage.graph.nodes:
+        if node.op == "placeholder" and node.meta.get("name", node.name) == "position_ids":
+            alone.add(node)
+        elif node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
+            made_of = [n for n in node.all_input_nodes if n.op != "get_attr"]
+            if made_of and all(n in alone for n in made_of):
+                alone.add(node)
+    return {n for n in alone if n.op == "call_function"}
 
 
 # ** the cache, token-major **
