@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .export.errors import LowerError
     from .graph.errors import FoveateError, GraphError
     from .passes.base import PassError
+    from .plugins import load_plugin
     from .report import Report
     from .runtime.errors import RunError
     from .runtime.result import Generation
@@ -46,6 +47,7 @@ _HOME = {
     "Session": ".runtime.session",
     "forecast": ".api",
     "load": ".runtime.session",
+    "load_plugin": ".plugins",
     "optimize_model": ".api",
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "Session",
     "forecast",
     "load",
+    "load_plugin",
     "optimize_model",
 ]
 

@@ -1,0 +1,34 @@
+"""The public surface, pinned: adding or removing a name is a decision, not an accident."""
+
+import inspect
+
+import foveate
+import pytest
+
+PUBLIC = ["FoveateError", "Generation", "GraphError", "LowerError", "OptimizedModel", "PassError", "Report", "RunError", "Session", "forecast", "load",
+          "load_plugin", "optimize_model"]
+
+
+def test_names():
+    assert foveate.__all__ == sorted(PUBLIC)
+    assert dir(foveate) == sorted([*PUBLIC, "__version__"])
+    for name in PUBLIC:
+        assert getattr(foveate, name).__doc__, f"{name} has no docstring"
+
+
+def test_an_unknown_name_says_what_there_is():
+    with pytest.raises(AttributeError, match="foveate has no 'optimise'; it has"):
+        foveate.optimise  # noqa: B018
+
+
+def test_the_error_tree():
+    for name in ("GraphError", "PassError", "LowerError", "RunError"):
+        assert getattr(foveate, name).__bases__ == (foveate.FoveateError,)
+
+
+def test_signatures():
+    optimize = list(inspect.signature(foveate.optimize_model).parameters)
+    assert optimize == ["model", "recipe", "target", "output", "dtype", "overrides", "processor", "images", "text_tokens", "overwrite", "progress", "options"]
+    generate = list(inspect.signature(foveate.Session.generate).parameters)
+    assert generate == ["self", "images", "prompt", "messages", "max_new_tokens", "streamer", "seed", "options"]
+    assert list(inspect.signature(foveate.load).parameters) == ["path", "verify"]
