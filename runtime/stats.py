@@ -9,7 +9,7 @@ occurs, and a part of a lattice step is given away for discreteness. Measured er
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 

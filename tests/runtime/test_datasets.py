@@ -4,9 +4,10 @@ import csv
 import json
 
 import pytest
+from PIL import Image
+
 from foveate.runtime.datasets import PRESETS, load_items, take
 from foveate.runtime.errors import DataError
-from PIL import Image
 
 
 @pytest.fixture
@@ -27,7 +28,14 @@ def write(folder, *records):
 
 
 def test_the_plain_folder(folder):
-    two = line(id=2, images=["images/a.png", "images/b.png"], slice="two_turn", group="g", turns=[{"question": "é ?", "answer": ["x", "y"]}, {"question": "b"}], metric=None)
+    two = line(
+        id=2,
+        images=["images/a.png", "images/b.png"],
+        slice="two_turn",
+        group="g",
+        turns=[{"question": "é ?", "answer": ["x", "y"]}, {"question": "b"}],
+        metric=None,
+    )
     items = load_items(write(folder, line(metric="anls"), "", two))
     assert [i.id for i in items] == ["1", "2"]
     assert items[0].turns[0].answers == ("red",) and items[0].metric == "anls" and items[0].slice == "all" and items[0].labelled
@@ -36,11 +44,22 @@ def test_the_plain_folder(folder):
     assert items[0].digest != items[1].digest == load_items(folder / "items.jsonl")[1].digest
 
 
-@pytest.mark.parametrize(("record", "message"), [
-    ('{"id": "1", "ima', r"items.jsonl:2: not a complete JSON object"), ("[1]", "expected a JSON object, found list"), ({"id": 1}, "missing images, turns; found id"),
-    (line(id="x", images=["images/c.png"]), r":2: no image .*c\.png"), (line(id="x", images="a.png"), "'images' must be a list"), (line(id="x", turns=[]), "'turns' must be"),
-    (line(id="x", turns=[{"answer": "x"}]), "a turn needs a 'question'"), (line(id="x", metric="exakt"), "no metric 'exakt'; there are anls"), (line(), "the id '1' occurs twice"),
-    (line(id="x", turns=[{"question": "a", "answer": {}}]), "an answer must be text"), (line(id="x", images=["https://x/y.png"]), "is a URL")])
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ('{"id": "1", "ima', r"items.jsonl:2: not a complete JSON object"),
+        ("[1]", "expected a JSON object, found list"),
+        ({"id": 1}, "missing images, turns; found id"),
+        (line(id="x", images=["images/c.png"]), r":2: no image .*c\.png"),
+        (line(id="x", images="a.png"), "'images' must be a list"),
+        (line(id="x", turns=[]), "'turns' must be"),
+        (line(id="x", turns=[{"answer": "x"}]), "a turn needs a 'question'"),
+        (line(id="x", metric="exakt"), "no metric 'exakt'; there are anls"),
+        (line(), "the id '1' occurs twice"),
+        (line(id="x", turns=[{"question": "a", "answer": {}}]), "an answer must be text"),
+        (line(id="x", images=["https://x/y.png"]), "is a URL"),
+    ],
+)
 def test_broken_lines(folder, record, message):
     with pytest.raises(DataError, match=message):
         load_items(write(folder, line(), record))
@@ -65,12 +84,28 @@ def test_a_damaged_picture_names_its_item(folder):
 
 
 RECORDS = {
-    "vqav2": {"question_id": 7, "question": "what ?", "answers": [{"answer": "red"}] * 10, "image": "images/a.png", "answer_type": "other", "image_id": 3},
+    "vqav2": {
+        "question_id": 7,
+        "question": "what ?",
+        "answers": [{"answer": "red"}] * 10,
+        "image": "images/a.png",
+        "answer_type": "other",
+        "image_id": 3,
+    },
     "textvqa": {"question_id": 7, "question": "what ?", "answers": ["red"] * 10, "image": "images/a.png", "image_id": "x"},
     "docvqa": {"questionId": "7", "question": "what ?", "answers": ["red", "dark red"], "image": "images/a.png", "docId": 9},
     "chartqa": {"query": "what ?", "label": ["red"], "image": "images/a.png", "type": "human"},
     "pope": {"question_id": 7, "question": "what ?", "answer": "no", "image": "images/a.png", "category": "adversarial"},
-    "mmmu": {"id": "7", "question": "what ?", "answer": "A", "options": "['red', 'blue']", "image_1": "images/a.png", "image_2": "images/b.png", "subfield": "Art"}}
+    "mmmu": {
+        "id": "7",
+        "question": "what ?",
+        "answer": "A",
+        "options": "['red', 'blue']",
+        "image_1": "images/a.png",
+        "image_2": "images/b.png",
+        "subfield": "Art",
+    },
+}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -85,10 +120,18 @@ def test_presets(folder, name):
 
 
 def test_csv_and_json_with_a_mapping_of_ones_own(folder):
-    (folder / "dataset.yaml").write_text("id: n\nquestion: q\nanswer: meta.a\nimage: file\nslice: '=mine'\nmetric: '=contains_all'\nprompt: 'Q: {question}'\n")
+    (folder / "dataset.yaml").write_text(
+        "id: n\nquestion: q\nanswer: meta.a\nimage: file\nslice: '=mine'\nmetric: '=contains_all'\nprompt: 'Q: {question}'\n"
+    )
     (folder / "d.json").write_text(json.dumps({"rows": [{"n": 1, "q": "what ?", "meta": {"a": 5}, "file": "images/a.png"}]}))
     (item,) = load_items(folder)
-    assert (item.id, item.turns[0].question, item.turns[0].answers, item.slice, item.metric) == ("1", "Q: what ?", ("5",), "mine", "contains_all")
+    assert (item.id, item.turns[0].question, item.turns[0].answers, item.slice, item.metric) == (
+        "1",
+        "Q: what ?",
+        ("5",),
+        "mine",
+        "contains_all",
+    )
     with (folder / "d.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["n", "q", "file"], ["1", "what ?", "images/a.png"]])
     assert not load_items(folder / "d.csv", folder / "dataset.yaml")[0].labelled
@@ -96,7 +139,11 @@ def test_csv_and_json_with_a_mapping_of_ones_own(folder):
 
 def test_turns_by_mapping(folder):
     (folder / "m.yaml").write_text("turns: talk\nimage: image\n")
-    (folder / "x.jsonl").write_text(json.dumps({"talk": [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}], "image": ["images/a.png", "images/b.png"]}))
+    (folder / "x.jsonl").write_text(
+        json.dumps(
+            {"talk": [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}], "image": ["images/a.png", "images/b.png"]}
+        )
+    )
     (item,) = load_items(folder / "x.jsonl", folder / "m.yaml")
     assert [t.question for t in item.turns] == ["a", "c"] and len(item.images) == 2
 
@@ -106,7 +153,9 @@ def test_parquet_and_saved_datasets_with_bytes(folder):
     import pyarrow.parquet as pq
 
     picture = (folder / "images" / "a.png").read_bytes()
-    table = pa.Table.from_pylist([{**RECORDS["docvqa"], "questionId": str(i), "image": {"bytes": picture, "path": "a.png"}} for i in range(3)])
+    table = pa.Table.from_pylist(
+        [{**RECORDS["docvqa"], "questionId": str(i), "image": {"bytes": picture, "path": "a.png"}} for i in range(3)]
+    )
     pq.write_table(table, folder / "x.parquet")
     (folder / "saved").mkdir()
     with pa.ipc.new_stream(folder / "saved" / "data-00000-of-00001.arrow", table.schema) as stream:
@@ -117,7 +166,15 @@ def test_parquet_and_saved_datasets_with_bytes(folder):
         assert [i.id for i in items] == ["0", "1", "2"] and items[2].pictures()[0].size == (4, 4)
 
 
-@pytest.mark.parametrize(("text", "message"), [("quesion: q", "unknown key 'quesion'; there are id, question"), ("id: x", "neither 'question' nor 'turns'"), ("- a", "found list"), ("a: [", "not YAML")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("quesion: q", "unknown key 'quesion'; there are id, question"),
+        ("id: x", "neither 'question' nor 'turns'"),
+        ("- a", "found list"),
+        ("a: [", "not YAML"),
+    ],
+)
 def test_broken_mappings(folder, text, message):
     (folder / "m.yaml").write_text(text)
     (folder / "x.jsonl").write_text("{}")

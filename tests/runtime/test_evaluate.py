@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 from fakes import Engine, Processor, manifest
+from PIL import Image
+
 from foveate.runtime.datasets import Item, Turn
 from foveate.runtime.errors import RunError
 from foveate.runtime.evaluate import Settings, evaluate, messages, summary
 from foveate.runtime.results import pairs, read
 from foveate.runtime.session import Session
-from PIL import Image
 
 # red r -> features 6 * r / 10 -> token sum % 5 + 5, counted on to 10: the answers that Engine gives
 ANSWERS = {10: "is this and ? w10", 20: "this and ? w10", 30: "and ? w10"}
@@ -44,7 +45,9 @@ def test_scores_slices_and_turns(items, tmp_path):
     assert run.results["i0"].answers == (ANSWERS[10],) and run.results["i8"].turns == 2 and len(run.results["i8"].answers) == 2
     assert seen[-1][:2] == (9, 9) and seen[-1][2] == pytest.approx(8 / 9)
     rows = {r["slice"]: r for r in summary(run)}
-    assert rows["overall"]["n"] == 9 and rows["read"]["score"] == pytest.approx(2 / 3) and rows["read"]["low"] < 2 / 3 < rows["read"]["high"]
+    assert (
+        rows["overall"]["n"] == 9 and rows["read"]["score"] == pytest.approx(2 / 3) and rows["read"]["low"] < 2 / 3 < rows["read"]["high"]
+    )
     assert read(tmp_path / "r.jsonl").results.keys() == run.results.keys() and run.name == "toy"
 
 
@@ -111,7 +114,9 @@ def test_nan_is_a_wrong_answer_and_the_rest_goes_on(items, tmp_path, batch):
 def test_a_damaged_picture_is_named_and_tried_again(items, tmp_path):
     good = items[2].images[0].read_bytes()
     items[2].images[0].write_bytes(b"no")
-    with pytest.raises(RunError, match=r"1 of 9 items could not be run \(first: i2: item i2: .* not a readable picture.*the others are kept"):
+    with pytest.raises(
+        RunError, match=r"1 of 9 items could not be run \(first: i2: item i2: .* not a readable picture.*the others are kept"
+    ):
         evaluate(session(), items, tmp_path / "r.jsonl", Settings(8))
     assert len(read(tmp_path / "r.jsonl").results) == 9
     items[2].images[0].write_bytes(good)
@@ -124,7 +129,9 @@ def test_the_chat_of_a_second_turn():
     item = Item("x", (b"", b""), (Turn("a ?"), Turn("b ?")))
     assert messages(item, ["yes"]) == [
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "a ?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}, {"role": "user", "content": [{"type": "text", "text": "b ?"}]}]
+        {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
+        {"role": "user", "content": [{"type": "text", "text": "b ?"}]},
+    ]
 
 
 def test_without_a_chat_template(items, tmp_path):
@@ -154,7 +161,15 @@ def test_pairs_match_item_by_item(items, tmp_path):
         pairs(unlabelled, unlabelled)
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "not a results file"), ("{}\n", "not a results file"), ('{"foveate_results": 1}\nno json\n{}\n', ":2 is not a JSON object"), ('{"foveate_results": 1}\n{"id": "x"}\n', "lacks a field")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a results file"),
+        ("{}\n", "not a results file"),
+        ('{"foveate_results": 1}\nno json\n{}\n', ":2 is not a JSON object"),
+        ('{"foveate_results": 1}\n{"id": "x"}\n', "lacks a field"),
+    ],
+)
 def test_damaged_results(tmp_path, text, message):
     (tmp_path / "r.jsonl").write_text(text)
     with pytest.raises(RunError, match=message):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from foveate.runtime.errors import GateError
 from foveate.runtime.gate import MINIMUM, Pair, Rule, Status, judge, recommended
 

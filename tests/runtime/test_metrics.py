@@ -1,6 +1,7 @@
 """Each rule on cases worked out by hand."""
 
 import pytest
+
 from foveate.runtime.errors import RunError
 from foveate.runtime.metrics import METRICS, binary_report, choice, edit_distance, number, score, vqa_form
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy import stats as scipy_stats
+
 from foveate.runtime import stats
 from foveate.runtime.stats import Differences
-from scipy import stats as scipy_stats
 
 
 def table(losses: int, same: int, gains: int) -> Differences:
