@@ -36,7 +36,7 @@ def capture(model: Any, processor: Any = None, *, images: Sequence[Any] | None =
         text = _Text(family, model)
         prefill = text.prefill()
         decode = text.decode()
-        given = family.vision_inputs(model, example)
+        given = family.vision_inputs(model, family.picture(example, 0) if family.one_picture else example)
         seen = _vision(family, model, given)
     program = Program({"vision": seen, "prefill": prefill, "decode": decode}, _facts(family, model, text, seen, given), text.table(prefill))
     program.kv = derive_kv(program)
@@ -108,7 +108,8 @@ class _Text:
     def _prefill(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         valid = feeds["attention_mask"].to(torch.bool)
         ids = feeds["input_ids"]
-        cache = PrefillCache(*self._cache_shape(), valid, windowed=bool(getattr(self.config, "sliding_window", None)))
+        windowed = bool(getattr(self.config, "sliding_window", None))
+        cache = PrefillCache(*self._cache_shape(), valid, windowed, self.family.bidirectional_prompt)
         with cache.running():
             kwargs = self.family.language_inputs(self.model, ids, {n: feeds[n] for n in self.features}, valid,
                                                  ids == self.family.image_token_id(self.model), feeds["position_ids"], cache)

@@ -83,7 +83,7 @@ def per_sample(flat: Tensor, counts: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def compare(name: str, layers: int = 3, steps: int = STEPS) -> Comparison:
+def compare(name: str, layers: int = 4, steps: int = STEPS) -> Comparison:
     """Capture the tiny model of model type `name` and compare all stages with HF."""
     family = REGISTRY[name]
     tiny = build(family, layers)
@@ -92,7 +92,7 @@ def compare(name: str, layers: int = 3, steps: int = STEPS) -> Comparison:
     program = capture(model)
     pixels = family.vision_example(model, sum(asked.images))
     reference = family.hf_vision(model, pixels)
-    vision = _worst([_relative(g, r) for g, r in zip(_vision(program, family, model, pixels), reference, strict=True)])
+    vision = _worst([_relative(g, r) for g, r in zip(_vision(program, family, model, pixels, sum(asked.images)), reference, strict=True)])
     token = family.image_token_id(model)
     counts = [row.count(token) for row in asked.rows]
     features = {n: per_sample(f, counts) for n, f in zip(program.facts.features, reference, strict=True)}
@@ -114,15 +114,12 @@ def _generate(family: Family, model: Any, asked: Prompts, pixels: dict[str, Tens
     return out.sequences[:, ids.shape[1]:], list(out.logits)
 
 
-def _vision(program: Program, family: Family, model: Any, pixels: dict[str, Tensor]) -> list[Tensor]:
+def _vision(program: Program, family: Family, model: Any, pixels: dict[str, Tensor], count: int) -> list[Tensor]:
     """All pictures at once, or one by one where the stage has a fixed count."""
     stage = program["vision"]
-    given = family.vision_inputs(model, pixels)
-    size = next(iter(given.tensors.values())).shape[0]
-    held = stage.placeholder(stage.inputs[0]).meta["val"].shape[0]
-    if not isinstance(held, int):
-        return list(stage.run(given.tensors).values())
-    parts = [stage.run({n: t[i: i + held] for n, t in given.tensors.items()}) for i in range(0, size, held)]
+    if not family.one_picture:
+        return list(stage.run(family.vision_inputs(model, pixels).tensors).values())
+    parts = [stage.run(family.vision_inputs(model, family.picture(pixels, i)).tensors) for i in range(count)]
     return [torch.cat([p[name] for p in parts]) for name in stage.outputs]
 
 

@@ -39,6 +39,7 @@ def family_of(model: Any) -> Family:
         adapter = REGISTRY[config.model_type]
     except KeyError:
         raise GraphError(f"capture: no family for model type {config.model_type!r}; families: {', '.join(sorted(REGISTRY))}") from None
+    adapter = adapter.variant(model)
     adapter.check(model)
     return adapter
 

@@ -79,9 +79,9 @@ class _StageCache(Cache):
 class PrefillCache(_StageCache):
     """valid: bool[B, S]. Every update counts its valid rows from `valid`, so that a later cut above a layer changes that layer's count."""
 
-    def __init__(self, layers: int, conv_width: int, valid: Tensor, windowed: bool):
+    def __init__(self, layers: int, conv_width: int, valid: Tensor, windowed: bool, bidirectional: bool):
         super().__init__(layers, conv_width)
-        self.valid = valid
+        self.valid, self.bidirectional = valid, bidirectional
         self.slots = (valid.long().cumsum(1) - 1).clamp(min=0) if windowed else None  # [B, S]: how many valid tokens came before
         self.lengths: dict[int, Tensor] = {}  # layer -> [B]
         self.positions: dict[int, Tensor] = {}  # layer -> [B, S], filled by the attention of windowed layers
@@ -195,8 +195,8 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
         return torch.ops.foveate.attention(query, key, value, mask, None, None, scale, False, 0, cap, layer), None
     # `module.is_causal` is not authoritative (paligemma's layers say False): a two-dimensional mask means plain causal by construction
     q_pos = k_pos = None
-    causal = isinstance(cache, PrefillCache)
-    if window:
+    causal = isinstance(cache, PrefillCache) and not cache.bidirectional
+    if window and (causal or isinstance(cache, DecodeCache)):
         q_pos, k_pos = cache.window_positions(layer)
         causal = True
     return torch.ops.foveate.attention(query, key, value, mask, q_pos, k_pos, scale, causal, window, cap, layer), None

@@ -6,6 +6,7 @@ from the common form "embed, put the features where image tokens are, run the la
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..errors import GraphError
 
+ONE_PICTURE = "vision: one picture per call, in the size it was captured with (its geometry is a constant of the graph)"
 REGISTRY: dict[str, Family] = {}  # model_type -> adapter
 
 
@@ -50,7 +52,12 @@ class Family:
 
     model_types: ClassVar[tuple[str, ...]] = ()
     features: ClassVar[tuple[str, ...]] = ("image_features",)
-    windows_in_mask: ClassVar[bool] = False  # prefill's windowed layers get them from a 4D mask instead of window + positions
+    bidirectional_prompt: ClassVar[bool] = False  # every prompt token sees every other one (prefix-LM)
+    one_picture: ClassVar[bool] = False  # the vision stage takes one picture per call, in the geometry it was captured with
+
+    def variant(self, model: Any) -> Family:
+        """The adapter for this configuration, where one model type covers several architectures."""
+        return self
 
     # ---- parts of the model
 
@@ -105,21 +112,23 @@ class Family:
     # ---- vision
 
     def vision_example(self, model: Any, images: int) -> dict[str, Tensor]:
-        """Inputs of `images` pictures in the size that the configuration names."""
+        """What the processor makes of `images` pictures in the size that the configuration names."""
         vision = model.config.vision_config
         height, width = pair(vision.image_size)
         return {"pixel_values": noise((images, getattr(vision, "num_channels", 3), height, width), model)}
 
+    def picture(self, example: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+        """The part of an example that belongs to its i-th picture."""
+        return {name: tensor[i: i + 1] for name, tensor in example.items()}
+
     def vision_inputs(self, model: Any, example: dict[str, Tensor]) -> VisionInputs:
         """Split what the processor makes into inputs of the stage and constants."""
-        return VisionInputs({"pixel_values": example["pixel_values"]}, dynamic=("pixel_values",))
+        return VisionInputs({"pixel_values": example["pixel_values"]}, dynamic=() if self.one_picture else ("pixel_values",),
+                            note=ONE_PICTURE if self.one_picture else "")
 
     def vision(self, model: Any, inputs: dict[str, Tensor], baked: dict[str, Any]) -> tuple[Tensor, ...]:
         """-> one [rows of all images, D] per name in `features`"""
-        out = self.core(model).get_image_features(**inputs, **baked, return_dict=True).pooler_output
-        if isinstance(out, (list, tuple)):
-            out = torch.cat([x.reshape(-1, x.shape[-1]) for x in out], 0)
-        return (out.reshape(-1, out.shape[-1]),)
+        return (flat_rows(self.core(model).get_image_features(**inputs, **baked, return_dict=True).pooler_output),)
 
     # ---- facts
 
@@ -154,11 +163,9 @@ class Family:
 
     def hf_vision(self, model: Any, example: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """What HF's own code gives for the same example: the reference of the vision stage."""
-        out = self.core(model).get_image_features(**example, return_dict=True)
-        rows = out.pooler_output
-        if isinstance(rows, (list, tuple)):
-            rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in rows], 0)
-        return (rows.reshape(-1, rows.shape[-1]),)
+        core = self.core(model)
+        taken = inspect.signature(core.get_image_features).parameters
+        return (flat_rows(core.get_image_features(**{n: t for n, t in example.items() if n in taken}, return_dict=True).pooler_output),)
 
     def hf_inputs(self, model: Any, input_ids: Tensor) -> dict[str, Tensor]:
         """What HF's forward wants besides ids, mask and pixels."""
@@ -179,6 +186,13 @@ def register(adapter: type[Family]) -> type[Family]:
             raise GraphError(f"family {adapter.__name__}: model type {name!r} belongs to {type(known).__name__} already")
         REGISTRY[name] = adapter()
     return adapter
+
+
+def flat_rows(features: Any) -> Tensor:
+    """Features as HF returns them, one tensor or one per image -> [rows of all images, D]"""
+    if isinstance(features, (list, tuple)):
+        features = torch.cat([x.reshape(-1, x.shape[-1]) for x in features], 0)
+    return features.reshape(-1, features.shape[-1])
 
 
 def pair(size: Any) -> tuple[int, int]:

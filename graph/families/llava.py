@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from ._tiny import clip_config, llama_config
-from .base import Family, Tiny, VisionInputs, pair, register
+from .base import REGISTRY, Family, Tiny, pair, register
 
 
 @register
 class Llava(Family):
     model_types = ("llava",)
+
+    def variant(self, model: Any) -> Family:
+        return REGISTRY["pixtral"] if model.config.vision_config.model_type == "pixtral" else self
 
     def vision(self, model: Any, inputs: dict[str, Tensor], baked: dict[str, Any]) -> tuple[Tensor, ...]:
         """Tower, select, project: `get_image_features` would turn the image dimension into a Python list and fix its size."""
@@ -25,9 +28,6 @@ class Llava(Family):
             chosen = [h[:, 1:] for h in chosen]
         out = core.multi_modal_projector(torch.cat(chosen, -1) if len(chosen) > 1 else chosen[0])
         return (out.reshape(-1, out.shape[-1]),)
-
-    def vision_inputs(self, model: Any, example: dict[str, Tensor]) -> VisionInputs:
-        return VisionInputs({"pixel_values": example["pixel_values"]}, dynamic=("pixel_values",))
 
     def tokens_per_image(self, model: Any) -> int | None:
         rows, columns = clip_grid(model)
