@@ -309,6 +309,11 @@ def dump(
     out.print(text(plan.program, stage), markup=False)
 
 
+from .commands_judge import register as _judge  # noqa: E402  eval, gate, report, bisect
+
+_judge(app)
+
+
 # -- small things
 
 

@@ -10,6 +10,10 @@ class RunError(FoveateError):
 class GateError(FoveateError):
     """A verdict cannot be reached: items that do not match, a score that is no number, an impossible demand."""
 
+    exit_code = 2
+
 
 class DataError(RunError):
     """A data set that cannot be read; the message names the file and, where there is one, the line."""
+
+    exit_code = 2

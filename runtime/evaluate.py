@@ -43,10 +43,14 @@ def evaluate(
     settings: Settings = Settings(),
     *,
     shard: tuple[int, int] = (1, 1),
+    until: int | None = None,
     name: str = "",
     progress: Progress | None = None,
 ) -> Run:
-    """Answer every item of the shard into the results file `path`, which is continued if it exists. Raises when items could not be run, after all others."""
+    """Answer every item of the shard into the results file `path`, which is continued if it exists.
+
+    until: only that many items for now; a later call goes on. Raises when items could not be run, after all others.
+    """
     if settings.batch < 1 or settings.max_new_tokens < 1:
         raise RunError(f"evaluate: batch {settings.batch} and max_new_tokens {settings.max_new_tokens} must be at least 1")
     mine = take(items, shard)
@@ -63,13 +67,14 @@ def evaluate(
     batches = [mine[i : i + settings.batch] for i in range(0, len(mine), settings.batch)]
     finished = [b for b in batches if all(i.id in log.done and log.done[i.id].digest == i.digest for i in b)]
     log.start(i.id for b in finished for i in b)
-    todo = [b for b in batches if any(i.id not in log.done for i in b)]
+    wanted = batches if until is None else batches[: -(-until // settings.batch)]
+    todo = [b for b in wanted if any(i.id not in log.done for i in b)]
     with watched(session, settings.logits) as watch:
         for batch in todo:
             log.append(_answer(session, watch, batch, settings))
             if progress:
                 progress(len(log.done), len(mine), mean(log.done.values()))
-    run = Run(log.header, {i.id: log.done[i.id] for i in mine})
+    run = Run(log.header, {i.id: log.done[i.id] for b in wanted for i in b})
     failed = [r for r in run.errors if r.kind == "run"]
     if failed:
         raise RunError(
