@@ -50,6 +50,19 @@ class Stage:
         out.args = ((*out.args[0], node),)
         self.outputs.append(name)
 
+    def add_input(self, name: str, value: torch.Tensor) -> Node:
+        """A new last input of this type (`value` is fake, of the stage's own mode); the one of that name if it is there already."""
+        if name in self.inputs:
+            known = self.placeholder(name)
+            if str(tuple(known.meta["val"].shape)) != str(tuple(value.shape)):
+                raise GraphError(f"stage: input {name!r} is {tuple(known.meta['val'].shape)} already, not {tuple(value.shape)}")
+            return known
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta |= {"name": name, "val": value}
+        return node
+
     def run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """feeds by input name -> outputs by name; a missing or unknown name is an error."""
         names = self.inputs
@@ -99,6 +112,7 @@ class Facts:
     features_per_image: int | None = None  # what the vision stage returns now (a pass may lower it); None = as the processor says
     min_visual: int = 0  # the prefill needs at least this many visual rows (the runtime pads with empty ones)
     prefill_extra: tuple[str, ...] = ()  # family inputs of prefill beyond the contract
+    vision_extra: tuple[str, ...] = ()  # inputs of vision that a pass asked for and no processor makes: a text vector, a saliency map
     notes: tuple[str, ...] = ()
 
     @property

@@ -1,99 +1,170 @@
-"""VisionSelect: score the patches of every image inside the vision stage and project only the best."""
+"""The vision side: choose or merge the tokens of every image between the vision tower and the language model."""
 
 from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..graph.program import Program, Stage
+from ..graph.program import Program
 from ..graph.retype import reroute, retype
 from ..graph.splice import splice
 from ..graph.stage import sweep
 from .base import Pass
 from .select import SHARE, Keep
+from .vision_place import Place, external, find_place
+from .vision_plan import Plan, best, grouped, per_image
+from .vision_signals import EXTERNAL, Attention, Signals
 
 F = torch.ops.foveate
-TAPS = ("q", "k", "v", "mask", "scale")
+Mode = Literal["fixed", "parity"]
 
 
 @dataclass(frozen=True)
-class VisionSelect(Pass):
-    """Keep the best patches of every image between the last vision layer and the projector (W2), in reading order.
+class VisionReduce(Pass):
+    """Bring fewer tokens per image to the language model (W2, or W3 where the projector merges patches or the method reads projected tokens).
 
     rewrite:
-        x[images, n, Dv] -> projector  =>  i = compact(top(score, keep))[images, keep];  keep_tokens(x, i) -> projector
+        x[images, n, Dv] -> projector  =>  plan.apply(x)[images, keep, Dv] -> projector
 
-    keep: patches per image (int), or a share in (0, 1], rounded up. The prefill sees a shorter image: its graph does not change, positions are compact.
-    A method overrides `score`; the names of its arguments say what it taps: features[images, n, Dv], and of the last vision attention
-    q, k, v [images, H, c + n, D], mask, scale, where c = 1 with a CLS token (`cls`).
+    keep: tokens per image (int), or a share in (0, 1], rounded up. The prefill sees a shorter image: its graph does not change, positions are compact.
+    A method overrides `plan`; `reads` names the signals it wants (see vision_signals). What they cannot be had from is refused by name; `text`
+    and `saliency` become inputs of the vision stage, listed in facts.vision_extra, so that a runtime supplies or refuses them by name.
     """
 
     keep: Keep
 
+    after_projector: ClassVar[bool] = False
+
     @abstractmethod
-    def score(self, **taps: Any) -> Tensor:
-        """-> [images, n], larger is better"""
+    def reads(self) -> list[str]: ...
+
+    @abstractmethod
+    def plan(self, count: int, signals: Signals) -> Plan: ...
+
+    @property
+    def shared(self) -> int:
+        """So many consecutive images (views of a picture, frames of a video) share one budget; `keep` is their mean."""
+        return 1
 
     def run(self, program: Program) -> bool:
-        stage, facts = program["vision"], program.facts
-        if facts.vision_grid is None or facts.visual_per_image is None:
-            raise self.fail(f"needs images of a fixed grid; {facts.model_type} was captured without one")
-        n = facts.vision_grid[0] * facts.vision_grid[1]
-        if facts.visual_per_image != n:
-            raise self.fail(f"needs one feature per patch; {facts.model_type} makes {facts.visual_per_image} of {n} patches")
-        count = self.keep if isinstance(self.keep, int) else -(-n * round(self.keep * SHARE) // SHARE)
-        if count > n:
-            raise self.fail(f"keep={self.keep} is more than the {n} patches of an image")
-        if count == n:
+        place = find_place(program, self.reads(), self.after_projector, self.fail)
+        count = self.budget(place.n, place.grid)
+        if count > place.n:
+            raise self.fail(f"keep={self.keep} is more than the {place.n} patches of an image")
+        if count == place.n:
             return False
-        features = self._features(stage, n)
-        self._cut(program, stage, features, count)
-        program.facts = replace(facts, features_per_image=count)
+        self.check(program, place, count)
+        self._rewrite(program, place, count)
+        program.facts = replace(program.facts, features_per_image=count)
         return True
 
-    def _features(self, stage: Stage, n: int) -> Node:
-        """The patches as the projector gets them: the first [images, n, Dv] value behind the last attention."""
-        last = self._attention(stage)
-        behind = list(stage.graph.nodes)
-        for node in behind[behind.index(last) + 1 :]:
-            value = node.meta.get("val")
-            if isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[1] == n and not _feeds_attention(node, last):
-                return node
-        raise self.fail(f"no [images, {n}, D] value behind the last vision attention {last.name}")
+    def budget(self, n: int, grid: tuple[int, int] | None) -> int:
+        """How many of n tokens stay."""
+        return self.keep if isinstance(self.keep, int) else -(-n * round(self.keep * SHARE) // SHARE)
 
-    def _attention(self, stage: Stage) -> Node:
-        found = [node for node in stage.graph.nodes if node.target is F.attention.default]
-        if not found:
-            raise self.fail("the vision stage has no foveate.attention node (packed windows are another dialect op)")
-        return found[-1]
+    def check(self, program: Program, place: Place, count: int) -> None:
+        """Refuse what cannot be; by default, several images in one budget where positions are those of the picture."""
+        if self.shared > 1 and program.facts.positions.get("kind") == "mrope":
+            raise self.fail(f"lets images share a budget, and the positions of {program.facts.model_type} are per image")
 
-    def _cut(self, program: Program, stage: Stage, features: Node, count: int) -> None:
-        q, k, v, mask, _, _, scale = self._attention(stage).args[:7]
-        found = {"features": features, **dict(zip(TAPS, (q, k, v, mask, scale), strict=True))}
-        names = list(inspect.signature(self.score).parameters)
-        if unknown := [name for name in names if name not in found]:
-            raise self.fail(f"score asks for {unknown}; the vision output has the taps {sorted(found)}")
+    def _rewrite(self, program: Program, place: Place, count: int) -> None:
+        stage, names = program["vision"], self.reads()
+        before = next(n for n in stage.graph.nodes if n.op == "output") if place.flat else place.nodes[0].next
+        extra = [name for name in names if name in EXTERNAL]
+        value = place.nodes[0].meta["val"]
+        images = value.shape[0] // place.n if place.flat else value.shape[0]
+        inputs = [external(program, name, images, value.shape[-1] if name == "text" else place.n, value.dtype) for name in extra]
+        with_cls = "cls_feature" in names
+        if with_cls and place.cls is None:
+            raise self.fail("keeps the CLS token, which is not beside the features here")
+        operands = [a for node in place.attentions for a in (*node.args[:4], node.args[6])]
 
-        def select(features: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
-            score = self.score(**dict(zip(names, values, strict=True)))
-            index = F.compact_tokens(F.top_tokens(score, count, None), count)
-            return F.keep_tokens(features, index), index
+        def reduce(*values: Any) -> tuple[Tensor, ...]:
+            rest = list(values)
+            tokens = [rest.pop(0) for _ in place.nodes]
+            if place.flat:
+                tokens = [x.view(-1, place.n, x.shape[-1]) for x in tokens]
+            given = {name: rest.pop(0) for name in extra}
+            beside = rest.pop(0)[:, :1] if with_cls else None
+            layers = tuple(Attention(*rest[i : i + 5]) for i in range(0, len(rest), 5))
+            plan = self.plan(count * self.shared, Signals(tokens[0], layers, place.skip, place.grid, place.merge, given, beside))
+            fewer = [plan.apply(x) for x in self._together(tokens, beside)]
+            if place.flat:
+                fewer = [x.flatten(0, 1) for x in fewer]
+            return (*fewer, per_image(plan.kept, self.shared, place.n))
 
-        readers = list(features.users)
-        kept, index = splice(stage, features.next, select, features, *[found[name] for name in names])
-        for reader in readers:
-            reroute(reader, features, kept)
-        stage.add_output("kept.vision", index)
+        wanted = [place.cls] if with_cls else []
+        readers = [[before] if place.flat else list(node.users) for node in place.nodes]
+        *fewer, kept = splice(stage, before, reduce, *place.nodes, *inputs, *wanted, *operands)
+        for old, new, old_readers in zip(place.nodes, fewer, readers, strict=True):
+            for reader in old_readers:
+                reroute(reader, old, new)
+        taken = sum(o.startswith("kept.vision") for o in stage.outputs)
+        stage.add_output("kept.vision" if not taken else f"kept.vision.{taken + 1}", kept)
         sweep(stage)
         retype(stage)
         stage.module.recompile()
 
+    def _together(self, tokens: list[Tensor], beside: Tensor | None) -> list[Tensor]:
+        if beside is not None:
+            tokens = [torch.cat([beside, x], 1) for x in tokens]
+        return [grouped(x, self.shared).flatten(1, 2) for x in tokens] if self.shared > 1 else tokens
 
-def _feeds_attention(node: Node, attention: Node) -> bool:
-    return node in attention.all_input_nodes
+
+@dataclass(frozen=True)
+class VisionSelect(VisionReduce):
+    """Keep the best tokens of every image, in reading order.
+
+    rewrite:
+        x[images, n, Dv] -> projector  =>  i = compact(top(score, keep))[images, keep];  keep_tokens(x, i) -> projector
+
+    A method overrides `score` (-> [images, n], larger is better) or `choose` (-> index[images, keep]); the names of the arguments say what it reads.
+    """
+
+    def score(self, **signals: Any) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} overrides score or choose")
+
+    def choose(self, count: int, **signals: Any) -> Tensor:
+        return best(self.score(**signals), count)
+
+    def reads(self) -> list[str]:
+        return arguments(self.score if type(self).choose is VisionSelect.choose else self.choose)
+
+    def plan(self, count: int, signals: Signals) -> Plan:
+        return Plan(self.choose(count, **{name: signals.read(name) for name in self.reads()}))
+
+
+@dataclass(frozen=True)
+class VisionMerge(VisionReduce):
+    """Keep some tokens and let the rest flow into them, or into new ones.
+
+    rewrite:
+        x[images, n, Dv] -> projector  =>  merge_tokens(x, weight[images, keep, n]) -> projector
+
+    A method overrides `weights` (-> weight[images, keep, n], kept[images, keep] with -1 for rows that stand for no single token).
+    """
+
+    @abstractmethod
+    def weights(self, count: int, **signals: Any) -> tuple[Tensor, Tensor]: ...
+
+    def reads(self) -> list[str]:
+        return arguments(self.weights)
+
+    def plan(self, count: int, signals: Signals) -> Plan:
+        weight, kept = self.weights(count, **{name: signals.read(name) for name in self.reads()})
+        return Plan(kept, weight)
+
+    def check(self, program: Program, place: Place, count: int) -> None:
+        super().check(program, place, count)
+        if program.facts.positions.get("kind") == "mrope":
+            raise self.fail(f"makes tokens that stand for no single patch, and {program.facts.model_type} gives every token the position of its patch")
+
+
+def arguments(function: Any) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "count"]

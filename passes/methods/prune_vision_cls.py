@@ -1,12 +1,10 @@
-"""Keep the patches that the CLS token of the vision tower attends to most, before the language model sees any."""
+"""FasterVLM: keep the patches that the CLS token of the vision tower attends to most, before the language model sees any."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ...graph.program import Program
 from ..select import Keep
 from ..vision_select import VisionSelect
 
@@ -18,8 +16,8 @@ class PruneVisionCls(VisionSelect):
         p[images, H, 1, 1 + n] = attention_rows(q, k, row 0)     (the last vision layer that the features come from)
         i = compact(top(mean_h p[1:], keep));  keep_tokens(patches, i) -> projector
 
-    The CLS score of FasterVLM (Zhang et al. 2024, section 3.2) and of VTC-CLS; ties go to the earlier patch, kept patches stay in reading order.
-    Towers without a CLS token are refused.
+    The CLS score of FasterVLM (Zhang et al. 2024, section 3.2), 144, 58 or 29 patches of 576; ties go to the earlier patch, kept patches stay in
+    reading order. The published code projects all patches and masks afterwards, which gives the same tokens. Towers without a CLS token are refused.
     """
 
     name: ClassVar[str] = "prune-vision-cls"
@@ -27,11 +25,5 @@ class PruneVisionCls(VisionSelect):
 
     keep: Keep = 0.5
 
-    def run(self, program: Program) -> bool:
-        if not program.facts.has_cls:
-            raise self.fail(f"needs a vision tower with a CLS token; that of {program.facts.model_type} has none")
-        return super().run(program)
-
-    def score(self, q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        first = torch.zeros_like(q[:, 0, :1, 0], dtype=torch.int64)
-        return torch.ops.foveate.attention_rows(q, k, mask, first, scale, False, 0.0)[:, :, 0, 1:].mean(1)
+    def score(self, cls: Tensor) -> Tensor:
+        return cls.mean(1)
