@@ -111,7 +111,7 @@ def optimize_model(
     )
     with _fails_as(UNSUPPORTED):
         if plan.limits:
-            raise LowerError(f"{target}: {'; '.join(plan.limits)}")
+            raise LowerError("; ".join(x if x.startswith(f"{target}:") else f"{target}: {x}" for x in plan.limits))
         if plan.processor is None:
             raise GraphError("optimize: a loaded model was given without its processor; pass processor= (the artifact needs it to run)")
     temporary = tempfile.TemporaryDirectory(prefix="foveate-") if output is None else None
