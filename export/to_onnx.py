@@ -65,7 +65,7 @@ def to_onnx(stage: Stage, name: str, weights: WeightFile | None = None, emitters
 def _emit(b: Builder, node: Node, emitter: Emitter, stage: str) -> Any:
     try:
         return emitter(b, node, *arguments(node))
-    except LowerError:
+    except (LowerError, OSError):  # a full disk is the artifact's to report
         raise
     except Exception as cause:
         raise LowerError(f"to_onnx: {stage}: {node.target} at {node.name} ({b.path.strip('/') or 'no module'}) cannot be written with arguments "
