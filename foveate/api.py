@@ -65,6 +65,7 @@ class Plan:
     model: Any
     processor: Any
     limits: list[str]
+    source: str  # where the model came from: folder, hub id, or the class of a loaded one
 
 
 def optimize_model(
@@ -172,6 +173,7 @@ def make_plan(
         chosen = load_recipe(recipe, {k: str(v) for k, v in (overrides or {}).items()})
         if dtype not in DTYPES:
             raise GraphError(f"optimize: dtype {dtype!r} is none of {list(DTYPES)}")
+    source = str(model) if isinstance(model, (str, Path)) else type(model).__name__
     with _fails_as(UNSUPPORTED):
         model, processor = _loaded(model, processor, dtype, weights, progress)
         progress("capture", f"{model.config.model_type}: vision, prefill, decode")
@@ -184,7 +186,7 @@ def make_plan(
         report = Report(chosen.name, before, Figures.of(program, text_tokens))
     with _fails_as(UNSUPPORTED):
         limits = backend.check(program, settings) if backend else []
-    return Plan(program, report, chosen, model, processor, limits)
+    return Plan(program, report, chosen, model, processor, limits, source)
 
 
 def _loaded(model: Any, processor: Any, dtype: str, weights: bool, progress: Progress) -> tuple[Any, Any]:
@@ -221,6 +223,7 @@ def _save_sources(draft: Draft, plan: Plan) -> None:
 def _fill_manifest(draft: Draft, plan: Plan, target: str, settings: Mapping[str, Any]) -> None:
     program = plan.program
     draft.manifest.update(
+        model=plan.source,
         foveate=versions().get("foveate"),
         versions=versions(),
         target=target,

@@ -440,6 +440,8 @@ def execute(arguments: list[str] | None = None) -> int:
     _quieten()
     try:
         code = app(arguments, standalone_mode=False)
+        if code == 130:  # typer swallows the interrupt itself
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted; nothing half-written was left behind", 130)

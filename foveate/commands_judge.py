@@ -334,8 +334,42 @@ def _manifest(side: Side) -> Mapping[str, Any]:
     return side.session.manifest if side.session is not None else {}
 
 
-def report() -> None:
-    """placeholder"""
+def report(
+    candidates: Annotated[list[Path], typer.Argument(help="artifact folders or results files; the first is shown first")],
+    baseline: Annotated[Path, typer.Option("--baseline", "-b", help="artifact folder or results file")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write")],
+    data: Data = None,
+    mapping: Mapped = None,
+    limit: Limit = None,
+    margin: Annotated[float, typer.Option(help="points that a candidate may lose")] = 1.0,
+    confidence: Annotated[float, typer.Option(help="of a PASS")] = 0.95,
+    time: Annotated[bool, typer.Option("--time/--no-time", help="measure latency where both sides are artifacts")] = True,
+    batch: Batch = 1,
+    max_new_tokens: NewTokens = 64,
+    logits: Logits = False,
+    work: Work = Path("foveate-results"),
+    quiet: Quiet = False,
+) -> None:
+    """One HTML file: verdicts, slices, tokens, cost, latency, the items that changed with their kept tokens. Exit code 0 whatever the verdicts."""
+    from .runtime import agreement
+    from .runtime.evaluate import Settings
+    from .runtime.gate import Rule
+    from .runtime.report import Comparison, render
+
+    rule = Rule(margin / 100, confidence)
+    with ExitStack() as stack:
+        inputs = _inputs(data, mapping, limit, Settings(max_new_tokens, batch, logits), work, quiet, 0)
+        b = Side.open(baseline, stack, "baseline", _line(quiet))
+        found = []
+        for path in candidates:
+            a = Side.open(path, stack, "candidate", _line(quiet))
+            filled = _filled(inputs, a, b)
+            timed = _timed(a, b, filled, rule, quiet) if time and a.session is not None and b.session is not None else None
+            verdict, (base, cand) = _judged(a, b, filled, rule, None)
+            agreed = agreement.compare(base, cand)
+            found.append(Comparison(a.name, b.name, verdict, cand, base, agreed, timed, _manifest(a), _manifest(b), tuple(inputs.items), a.session))
+        _write(output, render(found))
+    _say(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB): " + ", ".join(f"{c.name} {c.verdict.status.value}" for c in found))
 
 
 def bisect() -> None:

@@ -91,7 +91,7 @@ def test_models_that_cannot_be_taken(capsys, tmp_path):
     code, line = complaint(capsys, "optimize", tmp_path / "nothing", "-o", out, "-q")
     assert code == 3 and "is not a model folder" in line
 
-    T.LlamaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=9).save_pretrained(tmp_path / "text")
+    T.LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9).save_pretrained(tmp_path / "text")
     code, line = complaint(capsys, "optimize", tmp_path / "text", "-o", out, "-q")
     assert code == 3 and "not a vision-language model" in line and "llama" in line
 
