@@ -208,7 +208,8 @@ def _judged(a: Side, b: Side, inputs: Inputs, rule: Any, timed: Any) -> tuple[An
 
     verdict = None
     for look, share in enumerate(rule.fractions):
-        until = max(1, round(len(inputs.order) * share))
+        size = inputs.settings.batch
+        until = min(len(inputs.order), -(-max(1, round(len(inputs.order) * share)) // size) * size)  # whole batches
         runs = inputs.results(b, until), inputs.results(a, until)
         last = look == rule.looks - 1
         verdict = rules.judge(pairs(*runs), rule, timed.pairs() if timed else None, look)
@@ -367,7 +368,9 @@ def report(
             timed = _timed(a, b, filled, rule, quiet) if time and a.session is not None and b.session is not None else None
             verdict, (base, cand) = _judged(a, b, filled, rule, None)
             agreed = agreement.compare(base, cand)
-            found.append(Comparison(a.name, b.name, verdict, cand, base, agreed, timed, _manifest(a), _manifest(b), tuple(inputs.items), a.session))
+            found.append(
+                Comparison(a.name, b.name, verdict, cand, base, agreed, timed, _manifest(a), _manifest(b), tuple(inputs.items), a.session)
+            )
         _write(output, render(found))
     _say(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB): " + ", ".join(f"{c.name} {c.verdict.status.value}" for c in found))
 

@@ -64,7 +64,8 @@ def artifacts(tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    return execute([str(a) for a in arguments])
+    many = ["--batch", "32"] if arguments[0] in ("gate", "eval", "report") and "--plan" not in arguments else []
+    return execute([str(a) for a in (*arguments, *many)])
 
 
 def test_pass_fail_inconclusive_and_their_codes(artifacts, data, capsys):
@@ -88,8 +89,8 @@ def test_twice_the_same_numbers(artifacts, data, capsys):
 def test_sequential_stops_early(artifacts, data, capsys):
     assert run("gate", "bad", "-b", "base", "-d", data, "-q", "--looks", 4, "--json") == 1
     verdict = json.loads(capsys.readouterr().out)
-    assert verdict["stopped_early"] and verdict["rows"][0]["n"] == 97
-    assert sum(len(p.read_text().splitlines()) for p in (artifacts / "foveate-results").glob("bad*")) == 98
+    assert verdict["stopped_early"] and verdict["rows"][0]["n"] == 128
+    assert sum(len(p.read_text().splitlines()) for p in (artifacts / "foveate-results").glob("bad*")) == 129  # four whole batches of 32
 
 
 def test_a_committed_baseline_file(artifacts, data, capsys):
