@@ -43,7 +43,7 @@ class MergePruMerge(VisionMerge):
         kept, last = self.published(cls_joint, count) if self.mode == "parity" else (self.chosen(cls_joint, count - 1), None)
         rows = one_hot(kept, n)
         like = cosine(torch.ops.foveate.keep_tokens(keys, kept.clamp(min=0)), keys).masked_fill(rows > 0, float("-inf"))
-        near = one_hot(like.topk(min(self.neighbours, n - 1), dim=-1).indices.flatten(1), n).unflatten(1, (kept.shape[1], -1)).sum(2)
+        near = torch.zeros_like(like).scatter(-1, like.topk(min(self.neighbours, n - 1), dim=-1).indices, 1.0)
         merged = (rows + near * cls_joint[:, None]) * (kept >= 0)[..., None]
         rest = ((1 - rows.sum(1)) * cls_joint)[:, None]
         if last is None:
