@@ -57,6 +57,7 @@ class Reduce(Pass):
     """
 
     exact: ClassVar[bool] = True  # keeps exactly the budget; False: the budget is a bound and the data decide
+    everything: ClassVar[dict[str, Any]] = {}  # parameters under which the data ask for every token, so that the budget alone decides
     of_prompt: ClassVar[bool] = False  # a share counts from the visual tokens in the prompt, or (False) from those that are left at the site
 
     @abstractmethod
@@ -130,18 +131,21 @@ class Reduce(Pass):
             if not isinstance(keep, int) or self.limit or merging or "budget" in self._asked():
                 left = present.sum(1)
                 budget = read["budget"] = left.clamp(max=bound) if isinstance(keep, int) else self.count(keep, read["original"] if counted else left)
-            score = self.score(**{n: read[n] for n in _names(self.score)}).float()
-            if self.limit:
-                budget = torch.minimum(budget, self.limit(**{n: read[n] for n in _names(self.limit)}))
-            score = torch.where(torch.arange(valid.shape[1], device=valid.device)[None] == last_valid(valid), float("inf"), score)
-            best = F.top_tokens(torch.where(present, score, float("-inf")), bound, budget)
-            if not merging:
-                return valid & (~visual | best), text + bound, bound
-            best, hidden = self.merge(hidden, score, best & present, present, here - bound)
+            best, merged = self.decide(read, visual, valid, hidden, bound, budget, here - bound)
             bound = bound + self.merged(here - bound)
-            return valid & (~visual | best), text + bound, bound, hidden
+            return valid & (~visual | best), text + bound, bound, *([merged] if merging else [])
 
         return Choice(*splice(stage, where.first, select, *inputs, *found.values()))
+
+    def decide(self, read: dict[str, Any], visual: Tensor, valid: Tensor, hidden: Tensor, bound: Any, budget: Tensor | None, most: Any) -> tuple[Tensor, Tensor]:
+        """From taps `read` to which visual tokens stay, [B, T], and the stream after merging; `most` bounds how many go through `merge`."""
+        score = self.score(**{n: read[n] for n in _names(self.score)}).float()
+        if self.limit:
+            budget = torch.minimum(budget, self.limit(**{n: read[n] for n in _names(self.limit)}))
+        at = torch.arange(valid.shape[1], device=valid.device)[None]
+        score = torch.where(at == last_valid(valid), float("inf"), score)
+        best = F.top_tokens(torch.where(visual & valid, score, float("-inf")), bound, budget)
+        return self.merge(hidden, score, best & visual & valid, visual & valid, most) if self.merge else (best, hidden)
 
     def _asked(self) -> list[str]:
         return [*_names(self.score), *(_names(self.limit) if self.limit else [])]

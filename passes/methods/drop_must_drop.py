@@ -1,7 +1,7 @@
 """MustDrop's prefill and decode stages: drop what no question token needs, as a whole or singly, and trim the cache of the layers before."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 from ...graph.program import Program
 from ..evict import evict_dropped
 from ..select import Keep, Layer, Staged
+
+TINY = 1e-15
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class DropMustDrop(Staged):
     name: ClassVar[str] = "drop-must-drop"
     paper: ClassVar[str] = "arXiv:2411.10803"
     exact: ClassVar[bool] = False
+    everything: ClassVar[dict[str, Any]] = {"individual": 0.0}
 
     layers: tuple[Layer, ...] = (3, 7, 11, 15)
     keeps: tuple[Keep, ...] = (1.0, 1.0, 1.0, 1.0)
@@ -49,10 +52,12 @@ class DropMustDrop(Staged):
               scale: float, causal: bool, softcap: float) -> Tensor:
         a = torch.ops.foveate.attention_rows(q, k, mask, rows, scale, causal, softcap).mean(1) * (row_weight > 0)[:, :, None]
         a = torch.where((visual & valid)[:, None], a, 0)
-        together = a.sum(1) / (self.global_share * a.sum((1, 2)).clamp(min=1e-30)[:, None])
-        return torch.maximum(together, a.amax(1) / self.individual)
+        together = a.sum(1) / (max(self.global_share, TINY) * a.sum((1, 2)).clamp(min=TINY)[:, None])
+        return torch.maximum(together, a.amax(1) / max(self.individual, TINY))
 
     def limit(self, q: Tensor, k: Tensor, mask: Tensor | None, rows: Tensor, row_weight: Tensor, visual: Tensor, valid: Tensor,
               scale: float, causal: bool, softcap: float) -> Tensor:
+        if self.idle(1.0):
+            return (visual & valid).sum(1)
         need = self.score(q, k, mask, rows, row_weight, visual, valid, scale, causal, softcap)
         return (visual & valid & (need >= 1)).sum(1)

@@ -1,7 +1,7 @@
 """ZipVL: as many tokens as it takes to hold a share of the attention."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class DropZipVl(Staged):
     name: ClassVar[str] = "drop-zip-vl"
     paper: ClassVar[str] = "arXiv:2410.08584"
     exact: ClassVar[bool] = False
+    everything: ClassVar[dict[str, Any]] = {"mass": 1.0}
 
     layers: tuple[Layer, ...] = (2,)
     keeps: tuple[Keep, ...] = (0.5,)
