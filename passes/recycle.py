@@ -70,5 +70,6 @@ def distances(x: Tensor, there: Tensor) -> Tensor:
     x = torch.where(held, x - (x * held).sum(1, keepdim=True) / held.sum(1, keepdim=True).clamp(min=1), 0)
     square = (x * x).sum(2)
     gram = x @ x.transpose(1, 2)
+    gram = (gram + gram.transpose(1, 2)) / 2  # mutual nearest neighbours are equally dense, bit for bit
     apart = ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     return torch.where(apart, (square[:, :, None] + square[:, None, :] - 2 * gram).clamp(min=0), 0).sqrt() / x.shape[2] ** 0.5
