@@ -34,11 +34,11 @@ def capture(model: Any, processor: Any = None, *, images: Sequence[Any] | None =
     example = _vision_example(family, model, processor, images, vision)
     with attention_of(model), patched([(torch, "split", split_known(torch.split)), *family.patches(model)]), torch.no_grad(), _experts(family, model):
         text = _Text(family, model)
-        prefill = text.prefill()
-        decode = text.decode()
+        prefill, decode = text.prefill(), text.decode()
         given = family.vision_inputs(model, family.picture(example, 0) if family.one_picture else example)
         seen = _vision(family, model, given)
-    program = Program({"vision": seen, "prefill": prefill, "decode": decode}, _facts(family, model, text, seen, given), text.table(prefill))
+    program = Program({"vision": seen, "prefill": prefill, "decode": decode}, _facts(family, model, text, seen, given), text.table(prefill),
+                      example={"vision": dict(given.tensors), **text.example})
     program.kv = derive_kv(program)
     _check_windows(family, model, program)
     return program
@@ -84,6 +84,7 @@ class _Text:
         self.device = next(model.parameters()).device
         self.dtype = family.embedding_dtype(model)
         self.features = family.features_of(model)
+        self.example: dict[str, dict[str, Tensor]] = {}
         self.windows: dict[int, int] = {}
         self.cached: dict[int, tuple[int, int, int]] = {}  # layer -> heads, key width, value width
         self.conv: dict[int, tuple[int, int]] = {}  # layer -> channels, width
@@ -93,9 +94,11 @@ class _Text:
         return self.config.num_hidden_layers, int(getattr(self.config, "conv_L_cache", 0) or 0)
 
     def prefill(self) -> Stage:
-        B, S, N = 2, 23, 11
+        # Comparisons of sizes are decided by the sample while tracing: it is longer than any `keep`, and no dimension of a model is one of these primes.
+        B, S, N = 2, 8209, 8101
         batch, seq, visual = Dim("batch", min=1, max=4096), Dim("seq", min=2, max=LONGEST), Dim("visual", min=1, max=LONGEST)
         inputs = {"input_ids": self._integers(B, S)}
+        inputs["input_ids"][:, 4: 4 + N] = self.family.image_token_id(self.model)
         shapes: dict[str, dict[int, Any]] = {"input_ids": {0: batch, 1: seq}}
         for name in self.features:
             inputs[name] = torch.zeros(B, N, self.config.hidden_size, dtype=self.dtype, device=self.device)
@@ -103,6 +106,7 @@ class _Text:
         inputs["position_ids"], shapes["position_ids"] = self._positions(B, S, batch, seq)
         inputs["attention_mask"] = torch.ones(B, S, dtype=torch.int64, device=self.device)
         shapes["attention_mask"] = {0: batch, 1: seq}
+        self.example["prefill"] = inputs
         return _export(self.model, inputs, shapes, self._prefill)
 
     def _prefill(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,6 +148,7 @@ class _Text:
             inputs[f"conv.{l}"], shapes[f"conv.{l}"] = torch.zeros(B, channels, width, dtype=self.dtype, device=self.device), {0: batch}
         if windowed:
             inputs["slot"], shapes["slot"] = self._integers(B, 1), {0: batch}
+        self.example["decode"] = inputs
         return _export(self.model, inputs, shapes, self._decode)
 
     def _decode(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -207,12 +207,21 @@ def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_
           allow_is_bidirectional_skip: bool = False, **kwargs: Any) -> Tensor | None:
     """The mask function of `AttentionMaskInterface`: as little as possible, see the head of this file."""
     if allow_is_causal_skip or allow_is_bidirectional_skip:
-        if "chunked" in getattr(mask_function, "__qualname__", ""):
+        if any("chunked" in name for name in _parts(mask_function)):
             raise GraphError("capture: chunked attention is not plain causal and the dialect's attention has no chunks")
         return attention_mask
     passed = {name: kwargs[name] for name in ("use_vmap", "device") if name in kwargs}
     return sdpa_mask(batch_size, q_length, kv_length, q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
                      attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **passed)
+
+
+def _parts(function: Any) -> Iterator[str]:
+    """Names of a mask function and of those it is composed of (HF nests them in closures)."""
+    yield getattr(function, "__qualname__", "")
+    for cell in getattr(function, "__closure__", None) or ():
+        for inner in cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,):
+            if callable(inner) and not isinstance(inner, (type, Tensor)):
+                yield from _parts(inner)
 
 
 AttentionInterface.register(NAME, _attention)
