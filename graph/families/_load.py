@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from ..errors import GraphError
@@ -30,7 +31,7 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str 
     else:
         try:
             model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise GraphError(f"load: the weights of {path} cannot be read: {_first_line(error)}") from error
         model = model.to(device)
     return model.eval(), loaded
