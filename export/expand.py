@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch._decomp import core_aten_decompositions
+from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._ops import OpOverload
 from torch.fx import Node
 
@@ -47,8 +47,14 @@ def _expand(stage: Stage, node: Node) -> None:
     body = REFERENCE.get(node.target) or _decomposition(node)  # type: ignore[arg-type]
     if body is None:
         raise LowerError(f"expand: {_where(node)} has no lowering to ONNX and no decomposition; add an emitter for it in export/onnx_math.py or onnx_shape.py")
+    given = arguments(node) if node.target in REFERENCE else [*node.args, *node.kwargs.values()]
+    count, names = len(node.args), list(node.kwargs)
+
+    def called(*values: Any) -> Any:  # decompositions have keyword-only parameters, bodies have none
+        return body(*values) if node.target in REFERENCE else body(*values[:count], **dict(zip(names, values[count:], strict=True)))
+
     try:
-        result = splice(stage, node, body, *arguments(node))
+        result = splice(stage, node, called, *given)
     except LowerError:
         raise
     except Exception as cause:
@@ -67,7 +73,7 @@ def _decomposition(node: Node) -> Callable[..., Any] | None:
     target = node.target
     if not isinstance(target, OpOverload):
         return None
-    found = core_aten_decompositions().get(target)
+    found = core_aten_decompositions().get(target) or decomposition_table.get(target)
     if found is not None:
         return found
     if target._can_decompose():

@@ -34,11 +34,17 @@ def _scaled(b: Builder, n: Node, y: Any, alpha: Any) -> str:
 
 
 for _targets, _kind in (
-    ((aten.add.Tensor, aten.add.Scalar, aten.add_.Tensor), "Add"), ((aten.sub.Tensor, aten.sub.Scalar), "Sub"),
-    ((aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor), "Mul"), ((aten.maximum.default,), "Max"), ((aten.minimum.default,), "Min"),
+    ((aten.add.Tensor, aten.add.Scalar), "Add"), ((aten.sub.Tensor, aten.sub.Scalar), "Sub"),
+    ((aten.mul.Tensor, aten.mul.Scalar), "Mul"), ((aten.maximum.default,), "Max"), ((aten.minimum.default,), "Min"),
 ):
     for _target in _targets:
         EMITTERS[_target] = _binary(_kind)
+
+
+@emits(aten.rsub.Scalar, aten.rsub.Tensor)
+def rsub(b: Builder, n: Node, x: Any, y: Any, alpha: Any = 1) -> str:
+    scaled = b.tensor(x, dtype(n)) if alpha == 1 else _scaled(b, n, x, alpha)
+    return b.op("Sub", b.tensor(y, dtype(n)), scaled)
 
 
 @emits(aten.div.Tensor, aten.div.Scalar)
@@ -87,7 +93,7 @@ def rsqrt(b: Builder, n: Node, x: Node) -> str:
     return b.op("Reciprocal", b.op("Sqrt", b.tensor(x, dtype(n))))
 
 
-@emits(aten.silu.default, aten.silu_.default)
+@emits(aten.silu.default)
 def silu(b: Builder, n: Node, x: Node) -> str:
     return b.op("Mul", b(x), b.op("Sigmoid", b(x)))
 
@@ -178,7 +184,7 @@ def where(b: Builder, n: Node, condition: Node, x: Any, y: Any) -> str:
     return b.op("Where", b.tensor(condition, torch.bool), b.tensor(x, dtype(n)), b.tensor(y, dtype(n)))
 
 
-@emits(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar)
+@emits(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def masked_fill(b: Builder, n: Node, x: Node, mask: Node, value: Any) -> str:
     return b.op("Where", b.tensor(mask, torch.bool), b.tensor(value, dtype(n)), b.tensor(x, dtype(n)))
 
@@ -281,6 +287,11 @@ def var(b: Builder, n: Node, x: Node, dim: Any, correction: Any, keepdim: bool) 
     count = b.op("ReduceProd", b.op("Concat", *[b.dim(x, a) for a in axes], axis=0), keepdims=0)
     count = b.op("Sub", count, b.const(1 if correction is None else int(correction), torch.int64))
     return b.op("Div", total, b.cast(count, torch.int64, dtype(n)))
+
+
+@emits(aten.var.dim)
+def var_dim(b: Builder, n: Node, x: Node, dim: Any, unbiased: bool = True, keepdim: bool = False) -> str:
+    return var(b, n, x, dim, int(unbiased), keepdim)
 
 
 @emits(aten.softmax.int, aten._softmax.default)
@@ -413,6 +424,17 @@ def conv(b: Builder, n: Node, x: Node, weight: Node, bias: Node | None, stride: 
 
     return b.op("Conv", b(x), b(weight), b(bias) if bias is not None else None,
                 strides=spread(stride), pads=spread(padding) * 2, dilations=spread(dilation), group=groups)
+
+
+@emits(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
+def conv_named_padding(b: Builder, n: Node, x: Node, weight: Node, bias: Node | None, stride: Any, padding: str, dilation: Any, groups: int) -> str:
+    """"valid", or "same": what is odd goes to the end."""
+    kernel = [int(s) for s in weight.meta["val"].shape[2:]]
+    spread = [dilation] * len(kernel) if isinstance(dilation, int) else list(dilation) * (len(kernel) if len(dilation) == 1 else 1)
+    total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(spread, kernel, strict=True)]
+    steps = [stride] * len(kernel) if isinstance(stride, int) else list(stride) * (len(kernel) if len(stride) == 1 else 1)
+    return b.op("Conv", b(x), b(weight), b(bias) if bias is not None else None, strides=steps, dilations=spread, group=groups,
+                pads=[t // 2 for t in total] + [t - t // 2 for t in total])
 
 
 @emits(aten.convolution.default)

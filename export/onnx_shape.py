@@ -128,7 +128,7 @@ def movedim(b: Builder, n: Node, x: Node, source: int, target: int) -> str:
 
 
 @emits(aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.dropout.default,
-       aten.detach_.default, aten._assert_tensor_metadata.default)
+       aten._assert_tensor_metadata.default)
 def identity(b: Builder, n: Node, x: Node, *_: Any) -> Any:
     return b(x)
 
@@ -211,7 +211,7 @@ def _joined(b: Builder, indices: list[Node]) -> str:
     return b.op("Concat", *[b.op("Unsqueeze", b.op("Expand", name, shape), b.ints(-1)) for name in names], axis=-1)
 
 
-@emits(aten.index_put.default, aten.index_put_.default)
+@emits(aten.index_put.default)
 def index_put(b: Builder, n: Node, x: Node, indices: list[Node | None], values: Node, accumulate: bool = False) -> str:
     picked = [v for v in indices if v is not None]
     if len(picked) == 1 and dtype(picked[0]) == torch.bool and rank(values) == 0:
@@ -228,17 +228,17 @@ def index_put(b: Builder, n: Node, x: Node, indices: list[Node | None], values: 
     return b.op("ScatterND", b(x), joined, updates, reduction="add" if accumulate else None)
 
 
-@emits(aten.scatter.src, aten.scatter_.src)
+@emits(aten.scatter.src)
 def scatter(b: Builder, n: Node, x: Node, dim: int, index: Node, source: Node) -> str:
     return b.op("ScatterElements", b(x), b(index), b.tensor(source, dtype(n)), axis=dim % rank(x))
 
 
-@emits(aten.scatter.value, aten.scatter_.value)
+@emits(aten.scatter.value)
 def scatter_value(b: Builder, n: Node, x: Node, dim: int, index: Node, value: Any) -> str:
     return b.op("ScatterElements", b(x), b(index), b.op("Expand", b.const(value, dtype(n)), b.shape(b(index), index.meta["val"])), axis=dim % rank(x))
 
 
-@emits(aten.scatter_add.default, aten.scatter_add_.default)
+@emits(aten.scatter_add.default)
 def scatter_add(b: Builder, n: Node, x: Node, dim: int, index: Node, source: Node) -> str:
     return b.op("ScatterElements", b(x), b(index), b.tensor(source, dtype(n)), axis=dim % rank(x), reduction="add")
 
@@ -418,6 +418,30 @@ def ones_like(b: Builder, n: Node, x: Node, *_: Any) -> str:
     return full_like(b, n, x, 1)
 
 
+@emits(aten.fill.Scalar, aten.fill.Tensor)
+def fill(b: Builder, n: Node, x: Node, value: Any) -> str:
+    return full_like(b, n, x, value)
+
+
+@emits(aten.copy.default)
+def copy(b: Builder, n: Node, x: Node, source: Node, *_: Any) -> str:
+    """The values of `source` in the shape and type of x."""
+    value = b.tensor(source, dtype(n))
+    have, want = source.meta["val"].shape, x.meta["val"].shape
+    if len(have) == len(want) and all(map(same, have, want)):
+        return value
+    return b.op("Expand", value, b.shape(b(x), x.meta["val"]))
+
+
+@emits(aten.eye.default, aten.eye.m)
+def eye(b: Builder, n: Node, rows: Any, *rest: Any) -> str:
+    columns = rest[0] if n.target is aten.eye.m else rows
+    if isinstance(rows, int) and isinstance(columns, int):
+        return b.const(torch.eye(rows, columns, dtype=dtype(n)))
+    where = [b.op("Range", b.const(0, torch.int64), b.scalar_size(s), b.const(1, torch.int64)) for s in (rows, columns)]
+    return b.cast(b.op("Equal", b.op("Unsqueeze", where[0], b.ints(1)), where[1]), torch.bool, dtype(n))
+
+
 @emits(aten.scalar_tensor.default)
 def scalar_tensor(b: Builder, n: Node, value: Any, *_: Any) -> str:
     return b.tensor(value, dtype(n))
@@ -501,10 +525,15 @@ def _resize(mode: str, **extra: Any) -> Any:
 
 
 for _name, _mode, _extra in (("upsample_nearest2d", "nearest", {"nearest_mode": "floor"}), ("upsample_bilinear2d", "linear", {}),
-                             ("upsample_bicubic2d", "cubic", {"cubic_coeff_a": -0.75}), ("_upsample_bilinear2d_aa", "linear", {"antialias": 1}),
-                             ("_upsample_bicubic2d_aa", "cubic", {"antialias": 1, "cubic_coeff_a": -0.5})):
+                             ("upsample_bicubic2d", "cubic", {"cubic_coeff_a": -0.75})):  # antialiased ones are decomposed: ONNX Runtime's differ by 1e-1
     for _overload in ("vec", "default"):
         EMITTERS[getattr(getattr(aten, _name), _overload)] = _resize(_mode, **_extra)
+
+
+@emits(aten.grid_sampler.default, aten.grid_sampler_2d.default)
+def grid_sampler(b: Builder, n: Node, x: Node, grid: Node, mode: int, padding: int, align: bool) -> str:
+    return b.op("GridSample", b(x), b(grid), mode=("linear", "nearest", "cubic")[mode], padding_mode=("zeros", "border", "reflection")[padding],
+                align_corners=int(align))
 
 
 @emits(aten.pixel_shuffle.default)

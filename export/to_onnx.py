@@ -10,6 +10,7 @@ import sympy
 import torch
 from onnx import ModelProto, helper
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from ..graph.program import Stage
@@ -63,6 +64,8 @@ def to_onnx(stage: Stage, name: str, weights: WeightFile | None = None, emitters
 
 
 def _emit(b: Builder, node: Node, emitter: Emitter, stage: str) -> Any:
+    if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+        raise LowerError(f"to_onnx: {stage}: {node.target} at {node.name} writes into its input; capture must make the graph functional")
     try:
         return emitter(b, node, *arguments(node))
     except (LowerError, OSError):  # a full disk is the artifact's to report

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
@@ -221,8 +222,8 @@ def _export(model: Any, inputs: dict[str, Tensor], shapes: dict[str, dict[int, A
 
     root = _Root(model, list(inputs), named).eval()
     exported = torch.export.export(root, tuple(inputs.values()), dynamic_shapes={"values": tuple(shapes.values())}, strict=False)
-    if any("copy_" in str(n.target) or "index_put_" in str(n.target) for n in exported.graph.nodes):
-        exported = exported.run_decompositions({})  # in-place writes (qwen3's mrope) become functional
+    if any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in exported.graph.nodes):
+        exported = exported.run_decompositions({})  # in-place writes (qwen3's mrope, pixtral's block mask) become functional
     return _stage(exported, list(inputs), outputs)
 
 
