@@ -29,7 +29,7 @@ def keep_tokens(b: Builder, n: Node, x: Node, index: Node) -> str:
 
 
 def last_token(b: Builder, n: Node, x: Node, mask: Node) -> str:
-    positions = b.op("Range", b.const(0, torch.int64), b.op("Squeeze", b.dim(x, 1), b.ints(0)), b.const(1, torch.int64))
+    positions = b.op("Range", b.const(0, torch.int64), b.op("Squeeze", b.dim(mask, 1), b.ints(0)), b.const(1, torch.int64))
     last = b.op("ReduceMax", b.op("Where", b(mask), positions, b.const(0, torch.int64)), b.ints(1), keepdims=1)
     return b.op("GatherND", b(x), last, batch_dims=1)
 

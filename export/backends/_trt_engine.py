@@ -6,7 +6,7 @@ under a length mask, and the new rows are put in place by one indexed copy per l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LowerError
+from ._cache import check_prefix
 from .base import Arrays, Cache, Engine
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ AXES = {"image_features": (None, "visual"), "input_ids": ("batch", "sequence"), 
 def rebuild(artifact: Artifact, target: str, **settings: Any) -> str:
     """The command that makes a fitting artifact."""
     model = artifact.manifest.get("model") or "MODEL"
-    changes = " ".join(f"--set {k}={v}" for k, v in settings.items())
+    changes = " ".join(f"--option {k}={v}" for k, v in settings.items())
     return f"foveate optimize {model} --recipe {artifact.path / 'recipe.yaml'} --target {target} {changes} --output NEW_FOLDER"
 
 
@@ -71,13 +72,16 @@ def _option(name: str, axis: int) -> str | None:
     return None
 
 
+Place = Callable[[str, tuple[int, ...]], Tensor | None]
+
+
 class TrtCache(Cache):
     """Token-major buffers [B, capacity, G, D] by name ("k.0"), convolution states, and the slots of windowed layers' rows."""
 
-    def __init__(self, lengths: np.ndarray, layers: list[int]) -> None:
+    def __init__(self, lengths: np.ndarray, layers: list[int], slot: Tensor) -> None:
         self.lengths, self.layers = lengths, layers
+        self.slot = slot  # [B, 1]: the index of the next token
         self.buffers: dict[str, Tensor] = {}
-        self.slot: Tensor | None = None  # [B, 1]: the index of the next token
 
     @property
     def nbytes(self) -> int:
@@ -98,8 +102,8 @@ class _Stage:
         self.outputs = [n for n in names if n not in self.inputs]
         self.types = {n: DTYPES[str(self.engine.get_tensor_dtype(n)).rsplit(".", 1)[-1].lower()] for n in names}
 
-    def __call__(self, feeds: Mapping[str, Tensor], places: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Run once, asynchronously on torch's current stream. `places`: outputs that go to memory which the caller has (as large as they get)."""
+    def __call__(self, feeds: Mapping[str, Tensor], place: Place) -> dict[str, Tensor]:
+        """Run once, asynchronously on torch's current stream. `place(name, shape)`: memory that the caller has for an output, or None."""
         held = []  # an input must live until the stream has read it
         for name in self.inputs:
             tensor = feeds[name].to(self.types[name]).contiguous()
@@ -110,59 +114,90 @@ class _Stage:
         results = {}
         for name in self.outputs:
             shape = tuple(self.context.get_tensor_shape(name))
-            place = (places or {}).get(name)
-            if place is None:
-                place = torch.empty(shape, dtype=self.types[name], device="cuda")
-            results[name] = place
-            self.context.set_tensor_address(name, place.data_ptr())
+            results[name] = spot = place(name, shape)
+            if spot is None:
+                results[name] = spot = torch.empty(shape, dtype=self.types[name], device="cuda")
+            self.context.set_tensor_address(name, spot.data_ptr())
         if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise LowerError(f"{self.target}: {self.name}: the engine did not run; see the TensorRT log above")
         del held  # torch's allocator reuses memory in stream order
         return results
 
-    def shape_of(self, output: str, feeds: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """The shape that an output will have for these inputs."""
-        for name in self.inputs:
-            self.context.set_input_shape(name, tuple(feeds[name].shape))
-        return tuple(self.context.get_tensor_shape(output))
+
+class _TorchStage:
+    """The same for an exported program with engines inside (Torch-TensorRT): it allocates its results, which then go where they belong."""
+
+    def __init__(self, module: Any, component: Mapping[str, Any]) -> None:
+        self.module = module
+        self.inputs, self.outputs = ([t["name"] for t in component[k]] for k in ("inputs", "outputs"))
+        self.types = {t["name"]: getattr(torch, t["dtype"]) for k in ("inputs", "outputs") for t in component[k]}
+
+    def __call__(self, feeds: Mapping[str, Tensor], place: Place) -> dict[str, Tensor]:
+        with torch.no_grad():
+            values = self.module(*[feeds[n].to(self.types[n]).contiguous() for n in self.inputs])
+        results = {}
+        for name, value in zip(self.outputs, values, strict=True):
+            spot = place(name, tuple(value.shape))
+            if spot is not None:  # a row, or the front of a buffer, of one sample: contiguous
+                spot.view(-1)[: value.numel()].copy_(value.reshape(-1))
+            results[name] = value if spot is None else spot
+        return results
 
 
 class TrtEngine(Engine):
-    def __init__(self, backend: Any, artifact: Artifact) -> None:
-        self.target, self.artifact = backend.name, artifact
-        trt = backend.trt()
-        refuse(artifact, self.target, trt.__version__, _gpu())
-        self._log = trt.Logger(trt.Logger.ERROR)
-        self._runtime = trt.Runtime(self._log)
-        self.stages = {n: _Stage(trt, self._runtime, self.target, n, artifact.file(c["file"]).read_bytes()) for n, c in artifact.manifest["components"].items()}
-        self.layers = [entry["layer"] for entry in artifact.manifest["kv"]]
+    """Stages that take and give CUDA tensors, and the cache between them."""
+
+    def __init__(self, target: str, artifact: Artifact, stages: dict[str, Any]) -> None:
+        self.target, self.artifact, self.stages = target, artifact, stages
+        self.layers = [int(entry["layer"]) for entry in artifact.manifest["kv"]]
+
+    @classmethod
+    def of_plans(cls, trt: Any, target: str, artifact: Artifact) -> TrtEngine:
+        """From serialized engines; a machine that cannot run them is refused."""
+        refuse(artifact, target, trt.__version__, _gpu())
+        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        parts = artifact.manifest["components"]
+        return cls(target, artifact, {n: _Stage(trt, runtime, target, n, artifact.file(c["file"]).read_bytes()) for n, c in parts.items()})
+
+    @classmethod
+    def of_programs(cls, version: str, target: str, artifact: Artifact) -> TrtEngine:
+        """From exported programs with engines inside."""
+        refuse(artifact, target, version, _gpu())
+        parts = artifact.manifest["components"]
+        return cls(target, artifact, {n: _TorchStage(torch.export.load(str(artifact.file(c["file"]))).module(), c) for n, c in parts.items()})
 
     def vision(self, feeds: Arrays) -> Arrays:
-        given = self._given("vision", feeds)
-        return _to_host(self.stages["vision"](given))
+        return _to_host(self.stages["vision"](self._given("vision", feeds), _nowhere))
 
     def prefill(self, feeds: Arrays, capacity: int) -> tuple[Arrays, TrtCache]:
-        stage, given = self.stages["prefill"], self._given("prefill", feeds)
-        rows = {n: stage.shape_of(n, given) for n in stage.outputs if n.startswith(("k.", "v."))}
-        longest = max((s[1] for s in rows.values()), default=0)
-        self._fits_cache(longest + capacity)
-        buffers = {n: torch.empty((s[0], s[1] + capacity, *s[2:]), dtype=stage.types[n], device="cuda") for n, s in rows.items()}
-        one = all(s[0] == 1 for s in rows.values())  # rows of one sample are contiguous: the engine writes straight into the buffer
-        results = stage(given, buffers if one else None)
-        cache = TrtCache(results["kv_lengths"].cpu().numpy(), self.layers)
-        for name, shape in rows.items():
-            if not one:
-                buffers[name][:, : shape[1]] = results[name]
-            cache.buffers[name] = buffers[name]
-        self._states(cache, results, capacity)
+        check_prefix(feeds["attention_mask"])
+        given = self._given("prefill", feeds)
+        spare = max(capacity - feeds["input_ids"].shape[1], 1)
+        buffers: dict[str, Tensor] = {}
+        types = self.stages["prefill"].types
+
+        def place(name: str, shape: tuple[int, ...]) -> Tensor | None:
+            """Rows of one sample are contiguous: they are written straight into the buffer."""
+            if not name.startswith(("k.", "v.")):
+                return None
+            self._fits_cache(shape[1] + spare)
+            buffers[name] = torch.zeros((shape[0], shape[1] + spare, *shape[2:]), dtype=types[name], device="cuda")
+            return buffers[name] if shape[0] == 1 else None
+
+        results = self.stages["prefill"](given, place)
+        cache = TrtCache(results["kv_lengths"].cpu().numpy(), self.layers, given["attention_mask"].sum(1, keepdim=True))
+        for name, buffer in buffers.items():
+            if results[name] is not buffer:
+                buffer[:, : results[name].shape[1]] = results[name]
+        cache.buffers |= buffers
+        self._states(cache, results, spare)
         hidden = ("k.", "v.", "conv.", "kv_pos.")
         return _to_host({n: t for n, t in results.items() if not n.startswith(hidden)}), cache
 
-    def decode(self, cache: Cache, input_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
-        assert isinstance(cache, TrtCache)
+    def decode(self, cache: TrtCache, input_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:  # type: ignore[override]
         stage = self.stages["decode"]
         lengths = torch.from_numpy(np.ascontiguousarray(cache.lengths)).cuda()
-        feeds = {"input_ids": _device(input_ids), "position_ids": _device(position_ids), "lengths": lengths}
+        feeds = {"input_ids": _device(input_ids), "position_ids": _device(position_ids), "lengths": lengths, "slot": cache.slot}
         one = input_ids.shape[0] == 1
         places: dict[str, Tensor] = {}
         for row, layer in enumerate(cache.layers):
@@ -177,10 +212,8 @@ class TrtEngine(Engine):
             if (slots := cache.buffers.get(f"kv_pos.{layer}")) is not None:
                 feeds[f"past_pos.{layer}"] = slots[:, :used] if one else slots
         feeds |= {n: t for n, t in cache.buffers.items() if n.startswith("conv.")}
-        if cache.slot is not None:
-            feeds["slot"] = cache.slot
         outside(self.artifact, self.target, "decode", {n: tuple(feeds[n].shape) for n in stage.inputs})
-        results = stage(feeds, places)
+        results = stage(feeds, lambda name, shape: places.get(name))
         self._advance(cache, results, lengths, one)
         return results["logits"].cpu().numpy()
 
@@ -191,22 +224,20 @@ class TrtEngine(Engine):
             if not one:
                 for which in "kv":
                     cache.buffers[f"{which}.{layer}"][samples, lengths[row]] = results[f"{which}.{layer}"][:, 0]
-            if f"kv_pos.{layer}" in cache.buffers and cache.slot is not None:
+            if f"kv_pos.{layer}" in cache.buffers:
                 cache.buffers[f"kv_pos.{layer}"][samples, lengths[row]] = cache.slot[:, 0]
         for name in [n for n in cache.buffers if n.startswith("conv.")]:
             cache.buffers[name] = results[name]
-        if cache.slot is not None:
-            cache.slot = cache.slot + 1
+        cache.slot = cache.slot + 1
         cache.lengths = cache.lengths + 1
 
-    def _states(self, cache: TrtCache, results: dict[str, Tensor], capacity: int) -> None:
+    def _states(self, cache: TrtCache, results: dict[str, Tensor], spare: int) -> None:
+        """What is kept beside keys and values: states of short convolutions, slots of windowed layers' rows."""
         for name, value in results.items():
             if name.startswith("conv."):
                 cache.buffers[name] = value
             elif name.startswith("kv_pos."):
-                cache.buffers[name] = torch.nn.functional.pad(value, (0, capacity))
-                valid = torch.from_numpy(cache.lengths[cache.layers.index(int(name.split(".")[1]))]).cuda()
-                cache.slot = value.gather(1, valid[:, None] - 1) + 1  # the last valid row is the prompt's last token
+                cache.buffers[name] = torch.nn.functional.pad(value, (0, spare))
 
     def _fits_cache(self, rows: int) -> None:
         profile = self.artifact.manifest["components"]["decode"]["profile"]
@@ -225,6 +256,10 @@ class TrtEngine(Engine):
 
     def close(self) -> None:
         self.stages.clear()
+
+
+def _nowhere(name: str, shape: tuple[int, ...]) -> None:
+    """No output has a place of its own."""
 
 
 def _device(array: np.ndarray) -> Tensor:

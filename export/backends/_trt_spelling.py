@@ -19,16 +19,20 @@ import operator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ...graph.ops.attention import attention as ATTENTION
 from ...graph.ops.attention_varlen import attention_varlen as ATTENTION_VARLEN
+from ...graph.ops.compact_tokens import compact_tokens as COMPACT
 from ...graph.ops.keep_tokens import keep_tokens as KEEP
 from ...graph.ops.kv_append import kv_append as APPEND
 from ...graph.ops.kv_mask import kv_mask as KV_MASK
+from ...graph.ops.last_token import last_token as LAST
 from ...graph.ops.top_tokens import top_tokens as TOP
 from ...graph.program import Program, Stage
-from ...graph.retype import retype
+from ...graph.retype import reroute, retype
+from ...graph.splice import splice
 
 aten = torch.ops.aten
 SEEN, UNSEEN = 0.0, -30000.0  # an additive mask in float16: below any logit, and the sum with one stays finite
@@ -42,6 +46,8 @@ def respell(program: Program, batch_one: bool) -> None:
         _Respelling(stage, decode=name == "decode", batch_one=batch_one).run()
         if name == "decode":
             write_tables(stage)
+        if name == "prefill" and batch_one:
+            double_last_row(stage)
         if name != "vision":
             token_major(stage)
         stage.graph.eliminate_dead_code()
@@ -77,6 +83,10 @@ class _Respelling:
                 node = self._as_attention(node)
             if node.target is ATTENTION:
                 self._attention(node)
+            elif node.target is COMPACT:
+                retype(self.stage)  # its operand may just have been respelt
+                node.replace_all_uses_with(splice(self.stage, node, compact, *node.args, like=node))
+                self.graph.erase_node(node)
             elif node.target is TOP and node.args[2] is None:
                 self._top(node)
 
@@ -110,16 +120,15 @@ class _Respelling:
         """softmax(q k^T) v, the softmax in float32; scaled before the product, whose float16 sum would otherwise end at 65504."""
         narrow = q.meta["val"].dtype
         groups = q.meta["val"].shape[1] // k.meta["val"].shape[1]
-        q = self.call(aten.mul.Tensor, q, scale)
-        k, v = self._expanded(k, groups), self._expanded(v, groups)
-        logits = self.call(aten.matmul.default, q, self.call(aten.transpose.int, k, 2, 3))
+        keys, v = self._expanded(k, groups), self._expanded(v, groups)
+        logits = self.call(aten.matmul.default, self.call(aten.mul.Tensor, q, scale), self.call(aten.transpose.int, keys, 2, 3))
         if narrow != torch.float32:
             logits = self.call(aten.to.dtype, logits, torch.float32)
         if softcap:
             logits = self.call(aten.mul.Tensor, self.call(aten.tanh.default, self.call(aten.div.Tensor, logits, softcap)), softcap)
         if isinstance(mask, Node) and mask.meta["val"].is_floating_point():
             logits, mask = self.call(aten.add.Tensor, logits, mask), None
-        hidden = self._hidden(mask, q.args[0], k, q_pos, k_pos, causal, window)
+        hidden = self._hidden(mask, q, k, q_pos, k_pos, causal, window)
         if hidden is not None:
             logits = self.call(aten.masked_fill.Scalar, logits, hidden, HIDDEN)
         p = self.call(aten.softmax.int, logits, -1)
@@ -168,7 +177,8 @@ class _Respelling:
         if q_pos is None or k_pos is None:
             S, T = self.call(aten.sym_size.int, q, 2), self.call(aten.sym_size.int, k, 2)
             k_pos = self.call(aten.unsqueeze.default, self.call(aten.arange.default, T), 0)
-            q_pos = self.call(aten.slice.Tensor, k_pos, 1, self.call(operator.sub, T, S))
+            square = str(q.meta["val"].shape[2]) == str(k.meta["val"].shape[2])
+            q_pos = k_pos if square else self.call(aten.slice.Tensor, k_pos, 1, self.call(operator.sub, T, S))
         q_pos = self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, q_pos, 1), 3)
         k_pos = self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, k_pos, 1), 1)
         return self.call(aten.sub.Tensor, q_pos, k_pos)
@@ -206,6 +216,16 @@ class _Respelling:
         return new
 
 
+def compact(keep: Tensor, size: int) -> Tensor:
+    """`compact_tokens` by a scatter into a row of T + 1: TensorRT's takes no more indices than there are places."""
+    B, T = keep.shape
+    rank = keep.long().cumsum(1) - 1
+    slot = torch.where(keep & (rank < size), rank, T)
+    position = torch.arange(T, device=keep.device)[None].expand(B, T)
+    index = torch.full((B, T + 1), 1, dtype=torch.int64, device=keep.device) * (T - 1)
+    return index.scatter(1, slot, position)[:, :size].contiguous()
+
+
 def is_padding(mask: Any) -> bool:
     """Is this mask made of the prompt's padding mask alone? Then valid rows are a prefix: prompts are padded on the right, and a cut puts kept tokens first."""
     if not isinstance(mask, Node):
@@ -218,6 +238,8 @@ def is_padding(mask: Any) -> bool:
         return False
     if mask.target in (aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor):
         return all(is_padding(a) for a in mask.args[:2])
+    if mask.target in (aten.view.default, aten.reshape.default):  # of a [B, T] mask to itself
+        return mask.meta["val"].dim() == 2 and is_padding(mask.args[0])
     one = (KEEP, aten.ne.Scalar, aten.gt.Scalar, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.alias.default, aten.to.device)
     return mask.target in one and is_padding(mask.args[0])
 
@@ -255,6 +277,28 @@ def _from_positions(stage: Stage) -> set[Node]:
             if made_of and all(n in alone for n in made_of):
                 alone.add(node)
     return {n for n in alone if n.op == "call_function"}
+
+
+# ** the last row **
+
+def double_last_row(stage: Stage) -> None:
+    """Behind a cut the row that predicts is computed twice: one row against a matrix becomes a sum that Myelin cannot build over a length that is
+    a difference ("CHECK(is_const())"); two rows are a matrix product, which reads the same weights once."""
+    ids = next((n for n in stage.graph.nodes if n.op == "placeholder" and n.meta.get("name", n.name) == "input_ids"), None)
+    last = [n for n in stage.graph.nodes if n.op == "call_function" and n.target is LAST]
+    logits = stage.output_nodes.get("logits")
+    if ids is None or logits is None or len(last) != 1 or str(last[0].args[0].meta["val"].shape[1]) == str(ids.meta["val"].shape[1]):
+        return
+    row, out = last[0], next(n for n in reversed(stage.graph.nodes) if n.op == "output")
+    readers = list(row.users)
+    with stage.graph.inserting_after(row):
+        both = stage.graph.call_function(aten.cat.default, ([row, row], 0))
+    for reader in readers:
+        reroute(reader, row, both)
+    with stage.graph.inserting_before(out):
+        batch = stage.graph.call_function(aten.sym_size.int, (ids, 0))
+        first = stage.graph.call_function(aten.slice.Tensor, (logits, 0, 0, batch))
+    out.args = (tuple(first if v is logits else v for v in out.args[0]),)
 
 
 # ** the cache, token-major **

@@ -70,7 +70,7 @@ class _TensorRT(Backend):
         problems = [*wrong, *self.check(program, options)]
         if problems:
             raise LowerError(f"{self.name}: this program cannot be lowered: {'; '.join(dict.fromkeys(problems))}")
-        narrow, told = self.prepare(program, parsed)
+        narrow, told = prepare(program, parsed)
         components, reports = {}, []
         target = folder / "components"
         target.mkdir(parents=True, exist_ok=True)
@@ -87,17 +87,6 @@ class _TensorRT(Backend):
         (folder / REPORT).write_text(json.dumps(content, indent=1) + "\n")
         return components
 
-    def prepare(self, program: Program, options: TrtOptions) -> tuple[Program, list[str]]:
-        """(the graphs that the engines compute: narrowed and respelt, eager runs them as they are; what will not be one kernel)"""
-        from ..precision import to_precision
-        from ._trt_limits import remarks
-        from ._trt_spelling import respell
-
-        narrow = to_precision(program, options.precision, options.residual)
-        told = remarks(narrow)
-        respell(narrow, options.batch_one)
-        return narrow, told
-
     def _requests(self, program: Program, narrow: Program, folder: Path, options: TrtOptions) -> Any:
         """One stage after the other: its ONNX file exists while its engine is built."""
         import onnx
@@ -112,14 +101,14 @@ class _TensorRT(Backend):
             path = folder / f"{name}.onnx"
             with WeightFile(folder / WEIGHTS) as weights:
                 onnx.save_model(to_onnx(stage, name, weights), str(path))
-            yield Request(name, path, _shapes(stage, axes), _attention_layers(program[name]))
+            yield Request(name, path, profile_shapes(stage, axes), _attention_layers(program[name]))
             path.unlink()
             (folder / WEIGHTS).unlink()
 
     def open(self, artifact: Artifact) -> Engine:
         from ._trt_engine import TrtEngine
 
-        return TrtEngine(self, artifact)
+        return TrtEngine.of_plans(self.trt(), self.name, artifact)
 
     def _options(self, options: Mapping[str, Any]) -> TrtOptions:
         from ._trt_options import TrtOptions
@@ -137,7 +126,20 @@ class _TensorRT(Backend):
         return want, []
 
 
-def _shapes(stage: Stage, axes: Any) -> dict[str, Any]:
+def prepare(program: Program, options: TrtOptions) -> tuple[Program, list[str]]:
+    """(the graphs that the engines compute: narrowed and respelt, eager runs them as they are; what will not be one kernel)"""
+    from ..precision import to_precision
+    from ._trt_limits import remarks
+    from ._trt_spelling import respell
+
+    narrow = to_precision(program, options.precision, options.residual)
+    told = remarks(narrow)
+    respell(narrow, options.batch_one)
+    return narrow, told
+
+
+def profile_shapes(stage: Stage, axes: Any) -> dict[str, Any]:
+    """Input -> its min, opt and max shape."""
     from ._trt_options import shape_range, symbol_ranges
 
     ranges = symbol_ranges(stage, axes)

@@ -150,7 +150,7 @@ def test_a_matching_machine_is_not_refused(artifact):
 
 @pytest.mark.parametrize("version, gpu, message", [
     ("1.7.1", None, r"prefill\.engine needs an NVIDIA GPU of compute capability 8\.9, and torch sees none here .*--target ort"),
-    ("1.7.1", "8.6", r"built for compute capability 8\.9, this GPU has 8\.6; rebuild: foveate optimize my/model --recipe .* --target tensorrt-rtx --set compute_capability=8\.6"),
+    ("1.7.1", "8.6", r"built for compute capability 8\.9, this GPU has 8\.6; rebuild: foveate optimize my/model --recipe .* --target tensorrt-rtx --option compute_capability=8\.6"),
     ("1.8.0", "8.9", r"built by version 1\.7\.1, installed is 1\.8\.0; install that one, or rebuild: foveate optimize my/model"),
 ])
 def test_another_machine_is_refused_with_the_way_out(artifact, version, gpu, message):
@@ -159,10 +159,10 @@ def test_another_machine_is_refused_with_the_way_out(artifact, version, gpu, mes
 
 
 @pytest.mark.parametrize("shapes, message", [
-    ({"input_ids": (1, 2000)}, r"input_ids has size 2000 in dimension 1, this engine takes 7 to 1048; rebuild: .*--set sequence=7:70:2000"),
-    ({"input_ids": (3, 70)}, r"input_ids has size 3 in dimension 0, this engine takes 1 to 1; rebuild: .*--set batch=1:1:3"),
-    ({"position_ids": (3, 1, 5)}, r"position_ids has size 5 in dimension 2, .*--set sequence=5:70:1048"),
-    ({"image_features": (1, 30, 4)}, r"image_features has size 30 .*--set visual=6:6:30"),
+    ({"input_ids": (1, 2000)}, r"input_ids has size 2000 in dimension 1, this engine takes 7 to 1048; rebuild: .*--option sequence=7:70:2000"),
+    ({"input_ids": (3, 70)}, r"input_ids has size 3 in dimension 0, this engine takes 1 to 1; rebuild: .*--option batch=1:1:3"),
+    ({"position_ids": (3, 1, 5)}, r"position_ids has size 5 in dimension 2, .*--option sequence=5:70:1048"),
+    ({"image_features": (1, 30, 4)}, r"image_features has size 30 .*--option visual=6:6:30"),
     ({"image_features": (1, 6, 5)}, r"image_features has size 5 in dimension 2, this engine takes 4 to 4$"),
     ({"input_ids": (70,)}, r"input_ids has shape \[70\], expected 2 dimensions"),
 ])

@@ -12,6 +12,7 @@ from helpers import IMAGE, toy
 from foveate.export.backends import find
 from foveate.export.backends._trt_options import TrtOptions
 from foveate.export.backends._trt_spelling import ATTENTION, is_padding, respell
+from foveate.export.backends.trt import prepare
 from foveate.export.errors import LowerError
 from foveate.export.onnx_weights import WeightFile
 from foveate.export.precision import to_precision
@@ -98,7 +99,8 @@ def test_a_batch_keeps_its_length_mask(llava):
 
 def test_onnx_runtime_computes_what_tensorrt_parses(llava, prompt, tmp_path):
     """The very files: float16, attention fused or spelt out, narrowed weights in their own file."""
-    program, _ = find("tensorrt-rtx").prepare(llava, TrtOptions())
+    program, remarks = prepare(llava, TrtOptions())
+    assert remarks == []
     want = llava["prefill"].run(prompt)
     step = step_after(want, 70, 70)
     cases = {"prefill": (prompt, want), "decode": (token_major(step), llava["decode"].run(step))}
@@ -172,6 +174,20 @@ def test_engines_of_all_stages_and_what_they_contain(llava, tmp_path):
 
 
 @pytest.mark.rtx
+@pytest.mark.parametrize("recipe", [[{"drop-fastv": {"layer": 1, "keep": 16}}], [{"prune-vision-cls": {"keep": 16}}]], ids=["inside", "before"])
+def test_reduced_programs_build(llava, recipe, tmp_path):
+    """Index computation of a cut (top-k, running sum, scatter, gathers) and lengths that are differences (S - N + K)."""
+    program = llava.clone()
+    run(program, load(recipe))
+    backend = find("tensorrt-rtx")
+    assert backend.check(program, {}) == []
+    backend.lower(program, tmp_path, {})
+    engines = {e["stage"]: e for e in json.loads((tmp_path / "reports/engines.json").read_text())["engines"]}
+    assert engines["prefill"]["fused_attention"] == 3, "attention behind a cut needs no mask either"
+    assert engines["decode"]["fused_attention"] == 3 and engines["decode"]["cache_copies"] == 0
+
+
+@pytest.mark.rtx
 def test_the_parsers_refusal_names_node_and_reason(llava, tmp_path, monkeypatch):
     from foveate.export import to_onnx as module
 
@@ -198,7 +214,7 @@ def test_engines_generate_what_eager_does(llava, prompt, tmp_path):
         components = backend.lower(llava, draft.folder, {"compute_capability": f"{major}.{minor}"})
         draft.manifest |= {"target": backend.name, "facts": {}, "kv": [{"layer": k.layer} for k in llava.kv], "components": components}
     engine = backend.open(Artifact.load(tmp_path / "engines"))
-    outputs, cache = engine.prefill({n: v.numpy() for n, v in prompt.items()}, capacity=8)
+    outputs, cache = engine.prefill({n: v.numpy() for n, v in prompt.items()}, capacity=78)
     want = llava["prefill"].run(prompt)
     assert np.abs(outputs["logits"] - want["logits"].numpy()).max() <= HALF * np.abs(want["logits"].numpy()).max()
     past = {n: v for n, v in want.items() if n.startswith(("k.", "v."))}
