@@ -18,7 +18,7 @@ from ..graph.sites import layer_of, layers, site
 from ..graph.splice import splice
 from ..graph.stage import sweep
 from .base import PassError
-from .vision_place import find_place, patches_behind
+from .vision_place import find_place
 
 ATTENTION = torch.ops.foveate.attention.default
 aten = torch.ops.aten
@@ -26,12 +26,12 @@ SHAPED = (aten.view.default, aten.reshape.default, aten.expand.default, aten._un
 Fail = Callable[[str], PassError]
 
 
-def tower(program: Program, fail: Fail) -> dict[int, Node]:
-    """layer -> its first node; refused where tokens of an image are not one sequence with one feature per patch behind it."""
+def tower(program: Program, fail: Fail) -> tuple[dict[int, Node], Node]:
+    """(layer -> its first node, the patches behind the tower); refused where tokens of an image are not one sequence with one feature per patch behind it."""
     place = find_place(program, ("grid",), False, fail)
     if place.flat or program.facts.features_per_image not in (None, program.facts.tokens_per_image):
         raise fail(f"works inside the tower, and {program.facts.model_type} merges patches behind it")
-    return layers(program["vision"], program.facts.vision_layer_path)
+    return layers(program["vision"], program.facts.vision_layer_path), place.nodes[0]
 
 
 def entry(program: Program, layer: int, fail: Fail) -> tuple[Node, Node]:
@@ -119,7 +119,7 @@ def _product(value: Tensor, axis: int) -> str:
     return str(product)
 
 
-def finish(program: Program, kept: Node, order: bool = True) -> None:
+def finish(program: Program, features: Node, kept: Node, order: bool = True) -> None:
     """After the last change: `kept`[images, K], the patch that each token before the projector stands for (-1: none), becomes an output.
 
     order: put the tokens in the order of those patches (tokens without patch last), so that the language model reads them as a picture.
@@ -128,14 +128,13 @@ def finish(program: Program, kept: Node, order: bool = True) -> None:
     retype(stage)
     count = int(kept.meta["val"].shape[1])
     if order:
-        features = _patches(stage, count)
-        readers = list(features.users)
+        readers, nodes = list(features.users), list(stage.graph.nodes)
 
         def arrange(x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
             place = torch.where(kept < 0, 1 << 30, kept).sort(dim=1, stable=True).indices
             return torch.ops.foveate.keep_tokens(x, place), kept.gather(1, place)
 
-        arranged, kept = splice(stage, _later(stage, features, kept).next, arrange, features, kept)
+        arranged, kept = splice(stage, max(features, kept, key=nodes.index).next, arrange, features, kept)
         for reader in readers:
             reroute(reader, features, arranged)
     stage.add_output("kept.vision", kept)
@@ -143,12 +142,3 @@ def finish(program: Program, kept: Node, order: bool = True) -> None:
     retype(stage)
     stage.module.recompile()
     program.facts = replace(program.facts, features_per_image=count)
-
-
-def _patches(stage: Stage, count: int) -> Node:
-    last = [n for n in stage.graph.nodes if n.target is ATTENTION][-1]
-    return patches_behind(stage, last, count, lambda found: PassError(f"vision: {found}"))
-
-
-def _later(stage: Stage, a: Node, b: Node) -> Node:
-    return a if list(stage.graph.nodes).index(a) > list(stage.graph.nodes).index(b) else b

@@ -56,7 +56,7 @@ def find_place(program: Program, names: Collection[str], after_projector: bool, 
     if flat:
         nodes = tuple(stage.output_nodes[name] for name in facts.features)
         return Place(nodes, True, n, grid, merge, int(facts.has_cls), attentions, None)
-    features = patches_behind(stage, attentions[-1], n, fail)
+    features = _patches(stage, attentions[-1], n, fail)
     return Place((features,), False, n, grid, 1, int(facts.has_cls), attentions, _sliced_from(features, n))
 
 
@@ -80,7 +80,7 @@ def _attentions(stage: Stage, tokens: int, fail: Fail) -> tuple[Node, ...]:
     return tuple(found)
 
 
-def patches_behind(stage: Stage, last: Node, n: int, fail: Fail) -> Node:
+def _patches(stage: Stage, last: Node, n: int, fail: Fail) -> Node:
     """The patches as the projector gets them: what the last vision layer returns, or, with a CLS token, the [images, n, Dv] sliced from it."""
     nodes = list(stage.graph.nodes)
     behind: set[Node] = {last}
@@ -127,4 +127,4 @@ def external(program: Program, name: str, images: Any, width: Any, dtype: torch.
     return node
 
 
-__all__ = ["Place", "external", "find_place", "patches_behind"]
+__all__ = ["Place", "external", "find_place"]

@@ -78,11 +78,15 @@ def _tower(cls: bool, grid: tuple[int, int], merge: int, layers: int) -> Program
     return Program({"vision": from_exported(exported, ["pixel_values"], ["image_features"])}, facts, [], example={"vision": {"pixel_values": pixels}})
 
 
-def run(program: Program, pixels: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """The vision stage on pixels[images, n, 3]; inputs that passes added are drawn per image from its first pixel, so that batches agree with singles."""
-    feeds = {"pixel_values": pixels}
+def feeds(program: Program, pixels: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """pixels[images, n, 3] and what passes added; that is drawn per image from its first pixel, so that batches agree with singles."""
+    given = {"pixel_values": pixels}
     for name in program.facts.vision_extra:
         width = int(program["vision"].placeholder(name).meta["val"].shape[1])
-        rows = [torch.randn(width, generator=torch.Generator().manual_seed(seed + int(1000 * abs(float(p[0, 0]))))) for p in pixels]
-        feeds[name] = torch.stack(rows)
-    return program["vision"].run(feeds)
+        given[name] = torch.stack([torch.randn(width, generator=torch.Generator().manual_seed(seed + int(1000 * abs(float(p[0, 0]))))) for p in pixels])
+    return given
+
+
+def run(program: Program, pixels: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return program["vision"].run(feeds(program, pixels, seed))

@@ -14,9 +14,9 @@ def dpp_tokens(kernel: Tensor, k: int, floor: float) -> Tensor:
     Gains below `floor` count as `floor`, so that a kernel of lower rank than k chooses the remaining tokens by index; floor = 0 is the published
     arithmetic, which divides by zero there.
     """
-    gain = kernel.diagonal(dim1=1, dim2=2).float()
     kernel = kernel.float()
     place = torch.arange(kernel.shape[1], device=kernel.device)[None]
+    gain = torch.where(place == place.T, kernel, 0.0).sum(-1)  # the diagonal
     rows: list[Tensor] = []
     chosen = []
     for _ in range(k):

@@ -17,9 +17,8 @@ def farthest_tokens(x: Tensor, k: int, repeat: bool) -> Tensor:
     x = x.float()
     x = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     distance = 1 - x @ x.transpose(1, 2)
-    itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    nearest = distance.masked_fill(itself, float("inf")).amin(1)
     place = torch.arange(x.shape[1], device=x.device)[None]
+    nearest = distance.masked_fill(place == place.T, float("inf")).amin(1)
     chosen = []
     for step in range(k):
         best = nearest.argmax(1, keepdim=True)

@@ -40,7 +40,7 @@ class MergeToMe(Pass):
     mode: Mode = "fixed"
 
     def run(self, program: Program) -> bool:
-        stage, cls, found = program["vision"], int(program.facts.has_cls), tower(program, self.fail)
+        stage, cls, (found, features) = program["vision"], int(program.facts.has_cls), tower(program, self.fail)
         if any(attention_in(program, layer, self.fail).args[3] is not None for layer in found):
             raise self.fail("the vision layers have masks already")
         state: tuple[Any, Any] | None = None
@@ -64,7 +64,7 @@ class MergeToMe(Pass):
             state = (made[0], made[1])
         if state is None:
             return False
-        finish(program, splice(stage, state[1].next, lambda place: place[:, cls:].contiguous(), state[1]), self.mode == "fixed")
+        finish(program, features, splice(stage, state[1].next, lambda place: place[:, cls:].contiguous(), state[1]), self.mode == "fixed")
         return True
 
     def schedule(self, layers: int) -> list[int]:

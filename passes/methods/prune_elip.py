@@ -42,7 +42,7 @@ class PruneElip(Pass):
     own: Annotated[float, Field(ge=0, le=1)] = 0.8
 
     def run(self, program: Program) -> bool:
-        stage, facts, found = program["vision"], program.facts, tower(program, self.fail)
+        stage, facts, (found, features) = program["vision"], program.facts, tower(program, self.fail)
         if not facts.has_cls:
             raise self.fail(f"needs a vision tower with a CLS token; that of {facts.model_type} has none")
         if not len(self.layers) == len(self.ahead) == len(self.keep):
@@ -68,7 +68,7 @@ class PruneElip(Pass):
             retype(stage)
         if place is None:
             return False
-        finish(program, place)
+        finish(program, features, place)
         return True
 
     @staticmethod

@@ -59,7 +59,7 @@ class PruneHoloV(VisionSelect):
         """-> t[I, n]; the cosine with itself counts as zero, its deviation from the mean does not"""
         n, same = a.shape[1], member @ member.T
         others = (same.sum(1) - 1).clamp(min=1)
-        likeness = cosine(features) * (same - torch.eye(n, device=a.device))
+        likeness = cosine(features) * (same * (torch.arange(n, device=a.device)[:, None] != torch.arange(n, device=a.device)))
         mean = likeness.sum(-1, keepdim=True) / others[:, None]
         variance = ((likeness - mean).square() * same).sum(-1) / others
         per_part = (lambda x: (x.abs() @ member / member.sum(0)) @ member.T)

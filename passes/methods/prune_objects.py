@@ -38,7 +38,7 @@ class PruneObjects(Pass):
     layer: Annotated[int, Ge(0)] = 0
 
     def run(self, program: Program) -> bool:
-        stage, facts, _ = program["vision"], program.facts, tower(program, self.fail)
+        stage, facts, (_, features) = program["vision"], program.facts, tower(program, self.fail)
         first, x = entry(program, self.layer, self.fail)
         images, total, _ = x.meta["val"].shape
         cls, n = int(facts.has_cls), total - int(facts.has_cls)
@@ -53,7 +53,7 @@ class PruneObjects(Pass):
 
         new, index = splice(stage, first, enter, x, saliency)
         substitute(stage, x, new, readers)
-        finish(program, index, order=False)
+        finish(program, features, index, order=False)
         return True
 
     def count(self, n: int) -> int:

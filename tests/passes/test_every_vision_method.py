@@ -3,31 +3,17 @@
 import functools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import towers
+from vision_cases import CASES, KEEP, METHODS, VARIANTS
+from vision_inputs import signals
 
 from foveate.graph.dump import dump
 from foveate.graph.verify import verify
-from foveate.passes.base import PASSES, PassError, discover, make
-from foveate.passes.vision_select import VisionMerge, VisionReduce
-
-METHODS = [n for n, p in discover().items() if issubclass(p, VisionReduce)]
-VARIANTS = {  # settings beyond the defaults that take another path; every method runs with its defaults too
-    "merge-prumerge": [{"uniform": 0.75}, {"mode": "parity"}, {"mode": "parity", "uniform": 0.75}],
-    "merge-visionzip": [{"contextual": 0.5}, {"mode": "parity"}],
-    "prune-cdpruner": [{"relevance": "text"}, {"relevance": "text", "sign": -1, "mode": "parity"}],
-    "prune-divprune": [{"mode": "parity"}],
-    "prune-fopru": [{"by": "row"}],
-    "prune-globalcom2": [{"rows": 1, "columns": 2}, {"rows": 1, "columns": 2, "mode": "parity"}],
-    "prune-evs": [{"frames": 3}],
-    "prune-hired": [{"rows": 1, "columns": 2}, {"rows": 1, "columns": 2, "mode": "parity"}],
-    "prune-holov": [{"stretches": 4}, {"stretches": 4, "mode": "parity"}],
-    "prune-vispruner": [{"important": 0.0}, {"step": 2}],
-    "prune-vtc-cls": [{"start": 1}],
-}
-CASES = [(name, more) for name in METHODS for more in ({}, *VARIANTS.get(name, []))]
-KEEP = 5
+from foveate.passes.base import PASSES, PassError, make
+from foveate.passes.vision_select import VisionMerge
 
 
 @pytest.fixture(params=CASES, ids=lambda c: "-".join([c[0], *(f"{k}={v}" for k, v in c[1].items())]))
@@ -207,3 +193,36 @@ def test_no_method_needs_a_layer_s_whole_attention(method):
 def test_names_and_papers(name):
     assert PASSES[name].paper.startswith("arXiv:")
     assert PASSES[name].__module__.rsplit(".", 1)[-1].replace("_", "-") == name
+
+
+def test_merged_rows_are_the_weighted_sums():
+    """PruMerge and VisionZip in numpy, by loops, from the signals; weights of the fixed VisionZip sum to one."""
+    s = signals(3, images=1, grid=(5, 7))
+    x, k = s.features[0].double().numpy(), s.layers[-1].k[0, :, 1:].double().numpy()
+    unit = lambda z: z / np.linalg.norm(z, axis=-1, keepdims=True)  # noqa: E731
+
+    plan = make("merge-prumerge", {"neighbours": 4}).plan(6, s)
+    a, keys = s.cls_joint[0].double().numpy(), unit(k.transpose(1, 0, 2).reshape(35, -1))
+    chosen = sorted(np.argsort(-a)[:5].tolist())
+    want = []
+    for i in chosen:
+        like = keys[i] @ keys.T
+        near = [j for j in np.argsort(-like) if j != i][:4]
+        want.append(x[i] + sum(a[j] * x[j] for j in near))
+    want.append(sum(a[j] * x[j] for j in range(35) if j not in chosen))
+    assert plan.kept[0].tolist() == [*chosen, -1]
+    np.testing.assert_allclose(plan.apply(s.features)[0].numpy(), np.stack(want), rtol=1e-4, atol=1e-5)
+
+    plan = make("merge-visionzip", {"contextual": 0.4}).plan(5, s)
+    heads = s.cls[0].double().numpy().sum(0)
+    chosen = sorted(np.argsort(-heads)[:3].tolist())
+    rest, keys = [j for j in range(35) if j not in chosen], unit(k.mean(0))
+    targets = [rest[0], rest[16]]
+    group = {t: [t] for t in targets}
+    for j in rest:
+        if j not in targets:
+            group[max(targets, key=lambda t: keys[j] @ keys[t])].append(j)
+    want = [x[i] for i in chosen] + [np.mean([x[j] for j in group[t]], 0) for t in targets]
+    assert plan.kept[0].tolist() == chosen + targets
+    np.testing.assert_allclose(plan.apply(s.features)[0].numpy(), np.stack(want), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plan.weight.sum(-1), torch.ones(1, 5))
