@@ -73,12 +73,11 @@ def _decomposition(node: Node) -> Callable[..., Any] | None:
     target = node.target
     if not isinstance(target, OpOverload):
         return None
-    found = core_aten_decompositions().get(target) or decomposition_table.get(target)
-    if found is not None:
-        return found
+    if target in core_aten_decompositions():
+        return core_aten_decompositions()[target]
     if target._can_decompose():
         return target.decompose
-    return None
+    return decomposition_table.get(target)
 
 
 def _shape(node: Node) -> str:

@@ -128,7 +128,7 @@ def movedim(b: Builder, n: Node, x: Node, source: int, target: int) -> str:
 
 
 @emits(aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.dropout.default,
-       aten._assert_tensor_metadata.default)
+       aten.detach_.default, aten._assert_tensor_metadata.default)
 def identity(b: Builder, n: Node, x: Node, *_: Any) -> Any:
     return b(x)
 
@@ -270,7 +270,7 @@ def stack(b: Builder, n: Node, parts: list[Node], dim: int = 0) -> str:
     return b.op("Concat", *[b.op("Unsqueeze", b.tensor(p, dtype(n)), b.ints(axis)) for p in parts], axis=axis)
 
 
-@emits(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
+@emits(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes, aten.tensor_split.sections)
 def split(b: Builder, n: Node, x: Node, sizes: Any, dim: int = 0) -> list[str]:
     axis = dim % rank(x)
     parts = [v.shape[axis] for v in n.meta["val"]]
@@ -280,6 +280,8 @@ def split(b: Builder, n: Node, x: Node, sizes: Any, dim: int = 0) -> list[str]:
         return b.op("Split", b(x), b.ints(*parts), axis=axis, outputs=len(parts))
     if n.target in (aten.split_with_sizes.default, aten.split.sizes):
         return b.op("Split", b(x), b.sizes(sizes), axis=axis, outputs=len(parts))
+    if n.target is aten.tensor_split.sections:
+        raise LowerError(f"to_onnx: {n.name}: tensor_split of a symbolic size is not lowered")
     step = b.size(sizes)
     if n.target is aten.chunk.default:
         total = b.dim(x, axis)

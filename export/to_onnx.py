@@ -64,7 +64,7 @@ def to_onnx(stage: Stage, name: str, weights: WeightFile | None = None, emitters
 
 
 def _emit(b: Builder, node: Node, emitter: Emitter, stage: str) -> Any:
-    if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+    if isinstance(node.target, OpOverload) and node.target._schema.is_mutable and node.target is not torch.ops.aten.detach_.default:
         raise LowerError(f"to_onnx: {stage}: {node.target} at {node.name} writes into its input; capture must make the graph functional")
     try:
         return emitter(b, node, *arguments(node))

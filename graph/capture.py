@@ -222,7 +222,7 @@ def _export(model: Any, inputs: dict[str, Tensor], shapes: dict[str, dict[int, A
 
     root = _Root(model, list(inputs), named).eval()
     exported = torch.export.export(root, tuple(inputs.values()), dynamic_shapes={"values": tuple(shapes.values())}, strict=False)
-    if any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in exported.graph.nodes):
+    if any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable and "detach_" not in str(n.target) for n in exported.graph.nodes):
         exported = exported.run_decompositions({})  # in-place writes (qwen3's mrope, pixtral's block mask) become functional
     return _stage(exported, list(inputs), outputs)
 

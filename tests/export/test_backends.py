@@ -21,8 +21,7 @@ from foveate.graph.families._tiny import build
 from foveate.graph.kv_table import derive_kv
 from foveate.passes.methods.drop_fastv import DropFastV
 from helpers import toy
-
-from export.common import distance, engine, prompt, rollout
+from lowering import distance, engine, prompt, rollout
 
 EXACT = 2e-5  # relative to the logit scale: float32, the same sums in another order through three layers
 

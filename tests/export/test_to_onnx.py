@@ -16,9 +16,8 @@ from foveate.export.onnx_registry import EMITTERS
 from foveate.export.onnx_weights import WeightFile
 from foveate.export.to_onnx import to_onnx
 from helpers import toy
+from lowering import run_onnx, stage_of
 from torch.export import Dim
-
-from export.common import run_onnx, stage_of
 
 foveate = torch.ops.foveate
 B, S = Dim("B", min=2, max=64), Dim("S", min=5, max=512)
