@@ -1,7 +1,10 @@
 """The page: everything in it, nothing from outside, nothing that text from a data set could break."""
 
+import html
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -163,3 +166,48 @@ def test_likelihood_gap():
     object.__setattr__(item, "images", ())
     gap, per_item = agreement.likelihood_gap(*s, [item], 6)
     assert gap == 0 and per_item == [0.0]
+
+
+# -- in a real browser
+
+BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None)
+# Runs in the page after its own script: walks the browser through its controls and writes what happened where --dump-dom shows it.
+PROBE = """<script>
+window.foveateErrors = [];
+window.addEventListener("error", e => window.foveateErrors.push(e.message));
+window.addEventListener("securitypolicyviolation", e => window.foveateErrors.push("csp " + e.blockedURI));
+</script>"""
+WALK = """<script>
+window.addEventListener("load", () => setTimeout(() => {
+  const text = () => document.getElementById("item0").innerText, place = () => document.getElementById("place0").textContent, out = {};
+  out.first = text(); out.place = place();
+  out.kept = [...document.querySelectorAll("#item0 canvas")].map(c => c.dataset.ready).join();
+  document.querySelector('[data-move="1"]').click(); out.second = place();
+  const which = document.querySelector('[data-which="0"]'); which.value = "gained"; which.dispatchEvent(new Event("change", { bubbles: true })); out.gained = place();
+  out.scroll = document.documentElement.scrollWidth <= window.innerWidth + 1;
+  out.errors = window.foveateErrors;
+  const pre = document.createElement("pre"); pre.id = "probe"; pre.textContent = JSON.stringify(out); document.body.appendChild(pre);
+}, 500));
+</script>"""
+
+
+def browse(folder, page, *flags):
+    path = folder / "page.html"
+    path.write_text(page, encoding="utf-8")
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", *flags, path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, console
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("size", ["1200,900", "500,900"])  # headless Chromium's narrowest window is 500 pixels
+def test_the_page_works_and_says_nothing_on_the_console(comparison, tmp_path, size):
+    page = render([comparison]).replace("<head>", "<head>" + PROBE, 1).replace("</body>", WALK + "</body>", 1)
+    dom, console = browse(tmp_path, page, f"--window-size={size}", "--dump-dom")
+    assert not console, console
+    got = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', dom, re.S)[1]))
+    losses = comparison.verdict.overall.losses
+    assert got["errors"] == [] and got["place"] == f"1 of {losses}" and got["second"] == f"2 of {losses}" and got["gained"] == f"1 of {comparison.verdict.overall.gains}"
+    assert "baseline" in got["first"] and "candidate" in got["first"] and got["kept"] == "2"
+    assert got["scroll"], "the page is wider than the window"
