@@ -1,4 +1,6 @@
-"""How often the gate errs, by simulation: coverage of its intervals, PASS and FAIL rates at its recommended number of items, one look and five.
+"""How often the gate errs, by simulation.
+
+Coverage of its intervals, PASS and FAIL rates at its recommended number of items, one look and five.
 
 python benchmarks/gate_power.py [--replicates 20000] [--output benchmarks/results/gate_power.json]
 """
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy
+
 from foveate.runtime.gate import Rule, recommended
 from foveate.runtime.stats import Differences, tails
 
@@ -86,7 +89,9 @@ def coverage(rng: np.random.Generator, replicates: int) -> Iterator[dict]:
 
 
 def gate(rng: np.random.Generator, rule: Rule, change: float, drop: float, n: int, replicates: int) -> dict:
-    """PASS, FAIL and early-stop rates of `rule` on items in SLICES equal slices, judged as runtime/gate.py does (a test holds the two together)."""
+    """PASS, FAIL and early-stop rates of `rule` on items in SLICES equal slices, judged as runtime/gate.py does (a test holds the
+    two together).
+    """
     p = trinomial(change, drop)
     per = [round(n * f / SLICES) for f in rule.fractions]
     counts = np.zeros((replicates, SLICES, 3))

@@ -160,7 +160,9 @@ def gate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Is the candidate at most MARGIN points worse than its baseline? PASS 0, FAIL 1, INCONCLUSIVE 4, wrong usage 2, not possible here 3."""
+    """Is the candidate at most MARGIN points worse than its baseline? PASS 0, FAIL 1, INCONCLUSIVE 4, wrong usage 2, not possible
+    here 3.
+    """
     from .runtime import gate as rules
     from .runtime.evaluate import Settings
 
@@ -178,7 +180,8 @@ def gate(
         _json(
             {"items": needed, "changed": plan, "margin": margin, "confidence": confidence, "power": rule.power, "looks": looks}
         ) if as_json else _say(
-            f"{needed} items give a PASS with {rule.power:.0%} chance if nothing is lost and {plan:.1%} of the answers change (margin {margin:g} points, confidence {confidence:.0%})"
+            f"{needed} items give a PASS with {rule.power:.0%} chance if nothing is lost and {plan:.1%} of the answers change "
+            f"(margin {margin:g} points, confidence {confidence:.0%})"
         )
         return
     if candidate is None or baseline is None:
@@ -248,7 +251,8 @@ def _accepted(run: Any, path: Path, first: bool) -> None:
     if first:
         raise _coded(
             GateError(
-                f"gate: there was no baseline {path}; the candidate's {len(run.results)} results were written there, commit it and run again (--accept says so at once)"
+                f"gate: there was no baseline {path}; the candidate's {len(run.results)} results were written there, commit "
+                f"it and run again (--accept says so at once)"
             ),
             1,
         )
@@ -351,7 +355,10 @@ def report(
     work: Work = Path("foveate-results"),
     quiet: Quiet = False,
 ) -> None:
-    """One HTML file: verdicts, slices, tokens, cost, latency, the items that changed with their kept tokens. Exit code 0 whatever the verdicts."""
+    """One HTML file: verdicts, slices, tokens, cost, latency, the items that changed with their kept tokens.
+
+    Exit code 0 whatever the verdicts.
+    """
     from .runtime import agreement
     from .runtime.evaluate import Settings
     from .runtime.gate import Rule
@@ -384,11 +391,15 @@ def bisect(
     error: Annotated[float, typer.Option(help="largest relative difference of a lowering")] = 0.02,
     floor: Annotated[float, typer.Option(help="share of equal tokens below which a pass may be called broken")] = 0.85,
     drop: Annotated[float, typer.Option(help="loss of equal tokens at one pass that is called a break")] = 0.1,
-    plugin: Annotated[list[Path] | None, typer.Option("--plugin", help="python file or folder that adds passes, families or targets")] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option("--plugin", help="python file or folder that adds passes, families or targets")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Walk from the original to the artifact, pass by pass and lowering by lowering, and name the step that breaks agreement: 0 none, 1 found."""
+    """Walk from the original to the artifact, pass by pass and lowering by lowering, and name the step that breaks agreement: 0
+    none, 1 found.
+    """
     import tempfile
 
     from .cli import _plugins

@@ -1,6 +1,7 @@
 """How far a candidate still says what the original says; needs no reference answers.
 
-Saved runs give: the share of equal answers, of equal first tokens, and the divergence of the first token's distribution. Two sessions also give
+Saved runs give: the share of equal answers, of equal first tokens, and the divergence of the first token's distribution. Two sessions
+also give
 the log-likelihood gap: how much less likely the candidate finds the original's own answers, per token.
 """
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from .datasets import Item
 from .errors import RunError
-from .evaluate import _request, log_softmax
+from .evaluate import log_softmax, request_of
 from .results import Run
 
 
@@ -59,7 +60,8 @@ def compare(baseline: Run, candidate: Run, gap: float | None = None) -> Agreemen
 
 
 def divergence(p: Mapping[str, Any], q: Mapping[str, Any]) -> float:
-    """KL(p || q) of two saved distributions over the tokens that both saved, all others as one outcome: a lower bound of the full divergence.
+    """KL(p || q) of two saved distributions over the tokens that both saved, all others as one outcome: a lower bound of the full
+    divergence.
 
     It is exact when the vocabulary was saved whole.
     """
@@ -74,7 +76,7 @@ def divergence(p: Mapping[str, Any], q: Mapping[str, Any]) -> float:
 
 def likelihood(session: Any, item: Item, answer: np.ndarray) -> np.ndarray:
     """log-probabilities[T] that a session gives the tokens of an answer to the item's first question, fed one by one."""
-    samples = session.prepare([item.pictures()], **_request(session, [(item, [])]))
+    samples = session.prepare([item.pictures()], **request_of(session, [(item, [])]))
     batch = session.encode(samples).batch
     outputs, cache = session.engine.prefill(batch.feeds, batch.length + len(answer))
     logits, found = outputs["logits"], []
@@ -90,7 +92,7 @@ def likelihood_gap(baseline: Any, candidate: Any, items: Sequence[Item], max_new
     gaps, tokens = [], 0
     for item in items:
         said = baseline.generate(
-            [item.pictures()], **_request(baseline, [(item, [])]), max_new_tokens=max_new_tokens, do_sample=False
+            [item.pictures()], **request_of(baseline, [(item, [])]), max_new_tokens=max_new_tokens, do_sample=False
         ).tokens[0]
         gaps.append(float((likelihood(baseline, item, said) - likelihood(candidate, item, said)).sum()))
         tokens += len(said)

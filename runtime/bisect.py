@@ -1,6 +1,7 @@
 """Where did it go wrong: walk from the original to the artifact step by step and name the step, item and tensor at which agreement breaks.
 
-Every step is run on the same items with the original's own answers fed in, so that all steps see the same tokens. A lowering must repeat the numbers of
+Every step is run on the same items with the original's own answers fed in, so that all steps see the same tokens. A lowering must
+repeat the numbers of
 the step before it; a pass may change numbers, but not suddenly what the model says. NaN and infinity are a break anywhere.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from .datasets import Item
 from .errors import RunError
-from .evaluate import _request
+from .evaluate import request_of
 
 KINDS = ("pass", "lowering")
 ANSWER = 8  # tokens of an answer that are compared
@@ -32,8 +33,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Limits:
-    """error: largest difference of a lowering, relative to the tensor's largest value. floor, drop: a pass breaks agreement when fewer than `floor` of its
-    tokens equal the original's and it lost more than `drop` against the step before."""
+    """When a step counts as broken.
+
+    error: largest difference of a lowering, relative to the tensor's largest value. floor, drop: a pass breaks agreement when fewer than
+    `floor` of its tokens equal the original's and it lost more than `drop` against the step before.
+    """
 
     error: float = 0.02
     floor: float = 0.85
@@ -47,7 +51,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One step: how often its tokens equal the original's, its largest relative difference from the step before, and what broke, if anything did."""
+    """One step: how often its tokens equal the original's, its largest relative difference from the step before, and what broke, if
+    anything did.
+    """
 
     name: str
     kind: str
@@ -102,7 +108,7 @@ def bisect(
     say(f"running {steps[0].name}")
     with steps[0].open() as session:
         answers = [
-            session.generate([i.pictures()], **_request(session, [(i, [])]), max_new_tokens=ANSWER, do_sample=False).tokens[0]
+            session.generate([i.pictures()], **request_of(session, [(i, [])]), max_new_tokens=ANSWER, do_sample=False).tokens[0]
             for i in items
         ]
         original = [trace(session, i, a) for i, a in zip(items, answers, strict=True)]
@@ -125,7 +131,7 @@ def trace(session: Any, item: Item, answer: np.ndarray) -> Trace:
     engine = session.engine
     session.engine = _Recorder(engine, seen)
     try:
-        batch = session.encode(session.prepare([item.pictures()], **_request(session, [(item, [])]))).batch
+        batch = session.encode(session.prepare([item.pictures()], **request_of(session, [(item, [])]))).batch
         outputs, cache = engine.prefill(batch.feeds, batch.length + len(answer))
         seen["prefill.logits"] = np.asarray(outputs["logits"], np.float32)
         for step in range(len(answer) - 1):

@@ -1,6 +1,7 @@
 """Items to evaluate: pictures, one or more questions, reference answers, a slice, a metric.
 
-Read are: the folder with items.jsonl (examples/testbed/DATASET.md); and, through a small mapping, JSONL, JSON, CSV and parquet files and folders of
+Read are: the folder with items.jsonl (examples/testbed/DATASET.md); and, through a small mapping, JSONL, JSON, CSV and parquet files
+and folders of
 them, and folders saved with `datasets.save_to_disk`. A mapping is a preset name, a YAML file, or `dataset.yaml` in the folder:
 
     id: question_id            # field names; "a.b" goes into a structure

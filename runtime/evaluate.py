@@ -78,7 +78,8 @@ def evaluate(
     failed = [r for r in run.errors if r.kind == "run"]
     if failed:
         raise RunError(
-            f"evaluate: {len(failed)} of {len(mine)} items could not be run (first: {failed[0].id}: {failed[0].error}); the others are kept in {path}"
+            f"evaluate: {len(failed)} of {len(mine)} items could not be run (first: {failed[0].id}: {failed[0].error}); the "
+            f"others are kept in {path}"
         )
     return run
 
@@ -154,7 +155,7 @@ def _talk(session: Any, watch: Watch, batch: Sequence[Item], settings: Settings)
         now = [k for k, i in enumerate(batch) if len(i.turns) > turn]
         made = session.generate(
             [pictures[k] for k in now],
-            **_request(session, [(batch[k], answers[k]) for k in now]),
+            **request_of(session, [(batch[k], answers[k]) for k in now]),
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
         )
@@ -172,7 +173,7 @@ def _talk(session: Any, watch: Watch, batch: Sequence[Item], settings: Settings)
     return [_result(i, a, f, m, i.turns, c) for i, a, f, m, c in zip(batch, answers, first, ms, count, strict=True)]
 
 
-def _request(session: Any, talks: Sequence[tuple[Item, list[str]]]) -> dict[str, Any]:
+def request_of(session: Any, talks: Sequence[tuple[Item, list[str]]]) -> dict[str, Any]:
     """generate's prompt= or messages=, one entry per conversation."""
     if getattr(session.processor, "chat_template", None):
         return {"messages": [messages(item, said) for item, said in talks]}

@@ -128,7 +128,7 @@ class Latency:
     ratio: float
     lower: float
     upper: float
-    limit: float
+    limit: float | None  # None: shown, not judged
     repetitions: int
     status: Status
 
@@ -309,7 +309,7 @@ def _latency(latency: Mapping[str, tuple[Sequence[float], Sequence[float]]], rul
         status = (
             Status.INCONCLUSIVE if not decided else Status.PASS if high <= limit else Status.FAIL if low > limit else Status.INCONCLUSIVE
         )
-        out.append(Latency(name, ratio, low, high, limit if limit is not None else float("inf"), len(candidate), status))
+        out.append(Latency(name, ratio, low, high, limit, len(candidate), status))
     return out
 
 
@@ -327,7 +327,8 @@ def _conclude(overall: Row, others: Sequence[Row], speed: Sequence[Latency], rul
     if open_rows or slow:
         return Status.INCONCLUSIVE, reasons
     return Status.PASS, [
-        f"overall: the candidate loses at most {points(-overall.lower)} points with {rule.confidence:.0%} confidence (margin {points(overall.margin)}, n={overall.n})"
+        f"overall: the candidate loses at most {points(-overall.lower)} points with {rule.confidence:.0%} confidence (margin "
+        f"{points(overall.margin)}, n={overall.n})"
     ]
 
 
@@ -338,18 +339,25 @@ def points(value: float) -> str:
 
 def _failed(row: Row) -> str:
     return (
-        f"{row.name}: worse by {points(-row.difference)} points (at least {points(-row.upper)}), more than the margin of {points(row.margin)}; "
+        f"{row.name}: worse by {points(-row.difference)} points (at least {points(-row.upper)}), more than the margin of "
+        f"{points(row.margin)}; "
         f"{row.losses} items lost, {row.gains} gained of {row.n} (adjusted p {row.p_fail:.2g})"
     )
 
 
 def _slow(x: Latency) -> str:
     word = "is above" if x.status is Status.FAIL else "cannot be told from"
-    return f"latency {x.name}: {x.ratio:.3f} of the baseline [{x.lower:.3f}, {x.upper:.3f}] {word} the limit {x.limit:g} ({x.repetitions} pairs)"
+    return (
+        f"latency {x.name}: {x.ratio:.3f} of the baseline [{x.lower:.3f}, {x.upper:.3f}] {word} the limit {x.limit:g} "
+        f"({x.repetitions} pairs)"
+    )
 
 
 def _open(row: Row, rule: Rule) -> str:
-    seen = f"{row.name}: difference {points(row.difference)} points [{points(row.lower)}, {points(row.upper)}] does not decide a margin of {points(row.margin)} with {row.n} items"
+    seen = (
+        f"{row.name}: difference {points(row.difference)} points [{points(row.lower)}, {points(row.upper)}] does not "
+        f"decide a margin of {points(row.margin)} with {row.n} items"
+    )
     if row.n < MINIMUM:
         seen = f"{row.name}: {row.n} items are too few to judge (at least {MINIMUM})"
     more = [

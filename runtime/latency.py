@@ -1,6 +1,8 @@
-"""Latency of a candidate against its baseline at several batch sizes: bench's alternating repetitions, percentiles, ratios with intervals, memory.
+"""Latency of a candidate against its baseline at several batch sizes: bench's alternating repetitions, percentiles, ratios with
+intervals, memory.
 
-Times are taken around calls that return numpy arrays, so a GPU has finished when the clock is read. `ttft` is preprocessing, encoder, projector, prefill
+Times are taken around calls that return numpy arrays, so a GPU has finished when the clock is read. `ttft` is preprocessing, encoder,
+projector, prefill
 (with the selection of tokens inside it) and the choice of the first token.
 """
 

@@ -1,6 +1,7 @@
 """An artifact as an lmms-eval model: `lmms-eval eval --model foveate --model_args pretrained=ARTIFACT --tasks ...`.
 
-lmms-eval finds it by the entry point group `lmms_eval.models`. This module imports lmms_eval, so only lmms-eval imports it. Images only: a task with video or
+lmms-eval finds it by the entry point group `lmms_eval.models`. This module imports lmms_eval, so only lmms-eval imports it. Images
+only: a task with video or
 audio is refused, and so are log-likelihood tasks, since an artifact answers, it does not score.
 """
 

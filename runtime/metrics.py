@@ -1,6 +1,7 @@
 """Scores of one answer in [0, 1] under their standard names and rules, and the figures that need a whole data set.
 
-A metric takes the model's text, the references and the answer's options; several references mean "the best of them" unless the rule says otherwise.
+A metric takes the model's text, the references and the answer's options; several references mean "the best of them" unless the rule
+says otherwise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A verdict for other programs: JUnit XML, a GitHub step summary and annotations, the JSON that github-action-benchmark reads, text for a terminal."""
+"""A verdict for other programs: JUnit XML, a GitHub step summary and annotations, the JSON that github-action-benchmark reads, text
+for a terminal.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ def decides(verdict: Verdict, row: Row) -> bool:
 
 
 def junit(verdict: Verdict, name: str = "foveate.gate") -> str:
-    """One case per metric and slice. FAIL is a failure, a deciding INCONCLUSIVE an error, another INCONCLUSIVE is skipped: no case hides."""
+    """One case per metric and slice.
+
+    FAIL is a failure, a deciding INCONCLUSIVE an error, another INCONCLUSIVE is skipped: no case hides.
+    """
     suite = ElementTree.Element("testsuite", name=name)
     counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
 
@@ -41,7 +46,7 @@ def junit(verdict: Verdict, name: str = "foveate.gate") -> str:
         case(row.metric, row.name, row.status, decides(verdict, row), line(row))
     for x in verdict.latency:
         asked = verdict.rule.max_latency_ratio is not None
-        case("latency", x.name, x.status, asked, f"ratio {x.ratio:.3f} [{x.lower:.3f}, {x.upper:.3f}], limit {x.limit:g}")
+        case("latency", x.name, x.status, asked, f"ratio {x.ratio:.3f} [{x.lower:.3f}, {x.upper:.3f}], limit {x.limit}")
     for key, value in counts.items():
         suite.set(key, str(value))
     root = ElementTree.Element("testsuites")
@@ -52,7 +57,8 @@ def junit(verdict: Verdict, name: str = "foveate.gate") -> str:
 
 def line(row: Row) -> str:
     return (
-        f"baseline {points(row.baseline)}, candidate {points(row.candidate)}, difference {points(row.difference)} [{points(row.lower)}, {points(row.upper)}], "
+        f"baseline {points(row.baseline)}, candidate {points(row.candidate)}, difference {points(row.difference)} "
+        f"[{points(row.lower)}, {points(row.upper)}], "
         f"margin {points(row.margin)}, n {row.n}, gained {row.gains}, lost {row.losses}"
     )
 
@@ -69,7 +75,8 @@ def markdown(verdict: Verdict, agreement: Agreement | None = None, title: str = 
         "|---|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     out += [
-        f"| {_cell(r.name)} | {r.metric} | {r.n} | {points(r.baseline)} | {points(r.candidate)} | {points(r.difference)} | {points(r.lower)} … {points(r.upper)} | {r.gains} / {r.losses} | "
+        f"| {_cell(r.name)} | {r.metric} | {r.n} | {points(r.baseline)} | {points(r.candidate)} | {points(r.difference)} | "
+        f"{points(r.lower)} … {points(r.upper)} | {r.gains} / {r.losses} | "
         f"{MARKS[r.status]} {r.status.value} |"
         for r in verdict.rows
     ]
@@ -116,7 +123,10 @@ def _escape(text: str) -> str:
 
 
 def metrics_json(verdict: Verdict, agreement: Agreement | None = None) -> str:
-    """github-action-benchmark's custom format (customBiggerIsBetter for the scores; latency ratios are given as speed-up for that reason)."""
+    """github-action-benchmark's custom format (customBiggerIsBetter for the scores.
+
+    Latency ratios are given as speed-up for that reason).
+    """
     rows: list[dict[str, Any]] = [
         {
             "name": f"{r.name} ({r.metric})",

@@ -1,6 +1,8 @@
-"""pytest plug-in: `pytest --foveate-gate CANDIDATE --foveate-baseline BASE --foveate-data D`, or the `foveate_gate` fixture in your own tests.
+"""pytest plug-in: `pytest --foveate-gate CANDIDATE --foveate-baseline BASE --foveate-data D`, or the `foveate_gate` fixture in your own
+tests.
 
-The option adds one test per row of the verdict (overall, guards, slices), and one for latency where asked for. A row that fails fails its test; a row
+The option adds one test per row of the verdict (overall, guards, slices), and one for latency where asked for. A row that fails fails
+its test; a row
 that cannot be told fails when it decides, and is skipped otherwise, with the number of items that are needed. Nothing is judged twice: the
 per-item results lie in the work folder and are continued.
 
@@ -134,7 +136,8 @@ class RowItem(_Item):
     def runtest(self) -> None:
         r = self.row
         text = (
-            f"{r['status']}: difference {100 * r['difference']:.2f} points [{100 * r['lower']:.2f}, {100 * r['upper']:.2f}], margin {100 * r['margin']:.2f}, "
+            f"{r['status']}: difference {100 * r['difference']:.2f} points [{100 * r['lower']:.2f}, {100 * r['upper']:.2f}], "
+            f"margin {100 * r['margin']:.2f}, "
             f"n={r['n']}, lost {r['losses']}, gained {r['gains']}"
         )
         if r["status"] == "FAIL" or (r["status"] == "INCONCLUSIVE" and r["kind"] == "overall"):

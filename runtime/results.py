@@ -17,7 +17,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Result:
-    """What one item came to. `score` is the mean over its turns, None when unlabelled; an `error` of kind "run" is tried again on resume."""
+    """What one item came to.
+
+    `score` is the mean over its turns, None when unlabelled; an `error` of kind "run" is tried again on resume.
+    """
 
     id: str
     digest: str
@@ -76,7 +79,8 @@ class Log:
         if same != want:
             differs = [k for k in {**same, **want} if same.get(k) != want.get(k)]
             raise RunError(
-                f"results: {self.path} is of another run ({', '.join(f'{k}: {same.get(k)!r}, now {want.get(k)!r}' for k in differs)}); name another file or remove it"
+                f"results: {self.path} is of another run "
+                f"({', '.join(f'{k}: {same.get(k)!r}, now {want.get(k)!r}' for k in differs)}); name another file or remove it"
             )
         self.done = {k: r for k, r in old.results.items() if r.kind != "run"}
 

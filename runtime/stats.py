@@ -1,9 +1,13 @@
 """Statistics of paired scores: one test and its interval for 0/1 and graded scores, sequential boundaries, Holm, bootstrap ratios.
 
-Every item is scored for the baseline and for the candidate; d = candidate - baseline lies in [-1, 1] and delta = E d is what a gate is about.
-To test delta = d0 the distribution of d is fitted under that constraint by maximum likelihood (atoms at -1 and +1 are always possible, so data
-without any difference do not claim certainty), and the mean of d is referred to a Pearson III tail with the fitted variance and skewness. For
-0/1 scores the fit is Tango's (Statistics in Medicine 17, 1998, 891-908); the skewness term repairs its known liberality when only one kind of change
+Every item is scored for the baseline and for the candidate; d = candidate - baseline lies in [-1, 1] and delta = E d is what a gate is
+about.
+To test delta = d0 the distribution of d is fitted under that constraint by maximum likelihood (atoms at -1 and +1 are always possible,
+so data
+without any difference do not claim certainty), and the mean of d is referred to a Pearson III tail with the fitted variance and
+skewness. For
+0/1 scores the fit is Tango's (Statistics in Medicine 17, 1998, 891-908); the skewness term repairs its known liberality when only one
+kind of change
 occurs, and a part of a lattice step is given away for discreteness. Measured error rates: benchmarks/gate_power.py.
 """
 
@@ -28,7 +32,10 @@ POINTS = 33  # of a grid that is refined around a boundary
 
 @dataclass(frozen=True)
 class Differences:
-    """Paired differences as a table: values[V] ascending with -1 and +1 among them, counts[..., V]; leading axes are independent data sets."""
+    """Paired differences as a table: values[V] ascending with -1 and +1 among them, counts[..., V].
+
+    Leading axes are independent data sets.
+    """
 
     values: np.ndarray
     counts: np.ndarray
@@ -53,7 +60,9 @@ class Differences:
         return self.counts @ self.values / self.n
 
     def symmetric(self) -> Differences:
-        """The same amount of change with no tendency, half a change of either kind added: what `items_needed` assumes of a harmless candidate."""
+        """The same amount of change with no tendency, half a change of either kind added: what `items_needed` assumes of a harmless
+        candidate.
+        """
         values = np.unique(np.concatenate([self.values, -self.values]))
         counts = np.zeros((*self.counts.shape[:-1], len(values)))
         for sign in (1, -1):
@@ -119,9 +128,11 @@ def tails(data: Differences, d0: float | np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def continuity(changes: np.ndarray) -> np.ndarray:
-    """The lattice steps given away, by the expected number of changed items: half a step (exact for a count) while they are few, a quarter later.
+    """The lattice steps given away, by the expected number of changed items: half a step (exact for a count) while they are few, a
+    quarter later.
 
-    A quarter throughout errs 2.3 points too often when a handful of changes is expected; a half throughout covers too much (benchmarks/gate_power.py).
+    A quarter throughout errs 2.3 points too often when a handful of changes is expected; a half throughout covers too much
+    (benchmarks/gate_power.py).
     """
     return 0.25 + 0.25 / (1 + changes / 5)
 
@@ -290,7 +301,10 @@ def inflation(fractions: tuple[float, ...], alpha: float, power: float) -> float
 def ratio_interval(
     candidate: Sequence[float], baseline: Sequence[float], confidence: float, seed: int = 0, rounds: int = 4000
 ) -> tuple[float, float, float]:
-    """(ratio of medians, lower, upper) of measurements taken in pairs; pairs are resampled, each end holds with `confidence` (percentile bootstrap)."""
+    """(ratio of medians, lower, upper) of measurements taken in pairs.
+
+    Pairs are resampled, each end holds with `confidence` (percentile bootstrap).
+    """
     a, b = np.asarray(candidate, float), np.asarray(baseline, float)
     if a.shape != b.shape or not len(a) or (b <= 0).any() or not np.isfinite([a, b]).all():
         raise ValueError(f"a ratio needs paired positive measurements, found {a.shape} and {b.shape}")

@@ -1,4 +1,5 @@
-"""One HTML file for a comparison: verdict, slices, tokens, FLOPs, latency, the items that changed with their kept tokens, passes, environment.
+"""One HTML file for a comparison: verdict, slices, tokens, FLOPs, latency, the items that changed with their kept tokens, passes,
+environment.
 
 in:  `Comparison`s (verdict, both runs, and what is known of artifacts and timing)
 out: text of a page that needs no network; opens in any browser, light and dark, on a phone
@@ -24,7 +25,7 @@ from PIL import Image
 from ..agreement import Agreement
 from ..datasets import Item
 from ..errors import RunError
-from ..evaluate import _request
+from ..evaluate import request_of
 from ..gate import Status, Verdict, points
 from ..latency import Timed
 from ..outputs import decides
@@ -266,7 +267,7 @@ def _pictures(item: Item, session: Any) -> list[dict[str, Any]]:
 
 
 def _kept(session: Any, item: Item, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    made = session.generate([list(images)], **_request(session, [(item, [])]), max_new_tokens=1, do_sample=False)
+    made = session.generate([list(images)], **request_of(session, [(item, [])]), max_new_tokens=1, do_sample=False)
     out = []
     for picture in made.pictures[0]:
         side = int(np.sqrt(picture.tokens))
@@ -292,9 +293,13 @@ def _url(image: Image.Image) -> str:
 
 
 def _pareto(comparisons: Sequence[Comparison]) -> dict[str, Any] | None:
-    """Points (cost, score) of all candidates and the baseline. Cost: measured time of a whole request, else the forecast of prefill FLOPs; None if neither is known of all."""
+    """Points (cost, score) of all candidates and the baseline.
+
+    Cost: measured time of a whole request, else the forecast of prefill FLOPs; None if neither is known of all.
+    """
     if all(c.timed is not None for c in comparisons):
-        found = [(c.name, next(s.ratio[0] for s in c.timed.stages if s.name == "total"), c) for c in comparisons]  # type: ignore[union-attr,index]
+        # type: ignore[union-attr,index]
+        found = [(c.name, next(s.ratio[0] for s in c.timed.stages if s.name == "total"), c) for c in comparisons]
         unit = "time of a whole request, candidate / baseline"
     elif all(c.manifest.get("cost") for c in comparisons):
         found = [

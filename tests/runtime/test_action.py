@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from foveate.runtime.results import Result, write
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from fakes import EOS, Engine, Processor, manifest
+from PIL import Image
+
 from foveate.runtime.bisect import Limits, Step, bisect
 from foveate.runtime.datasets import Item, Turn
 from foveate.runtime.errors import RunError
 from foveate.runtime.session import Session
-from PIL import Image
 
 
 class Cache:

@@ -79,7 +79,7 @@ def test_nothing_there(folder):
 def test_a_damaged_picture_names_its_item(folder):
     (folder / "images" / "a.png").write_bytes(b"no picture")
     item = load_items(write(folder, line()))[0]
-    with pytest.raises(DataError, match="item 1: .*a.png is not a readable picture"):
+    with pytest.raises(DataError, match=r"item 1: .*a\.png is not a readable picture"):
         item.pictures()
 
 
@@ -186,10 +186,10 @@ def test_a_field_that_is_missing_is_named(folder):
     (folder / "x.jsonl").write_text(json.dumps({"question_id": 1, "image": "images/a.png"}))
     with pytest.raises(DataError, match=r"x.jsonl:1: no field 'question'; found question_id, image"):
         load_items(folder / "x.jsonl", "pope")
-    with pytest.raises(DataError, match="'coco' is no preset|coco is no preset"):
+    with pytest.raises(DataError, match=r"coco is no preset \(vqav2"):
         load_items(folder / "x.jsonl", "coco")
     (folder / "x.txt").write_text("")
-    with pytest.raises(DataError, match="files of kind '.txt' cannot be read"):
+    with pytest.raises(DataError, match=r"files of kind '\.txt' cannot be read"):
         load_items(folder / "x.txt", "pope")
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 from fakes import Engine, Processor, manifest
+from PIL import Image
+
 from foveate.runtime import session as session_module
 from foveate.runtime.errors import RunError
 from foveate.runtime.session import Session
-from PIL import Image
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from fakes import EOS, Engine, Processor, manifest
+from PIL import Image
+
 from foveate.cli import execute
 from foveate.runtime import session as session_module
 from foveate.runtime.session import Session
-from PIL import Image
 
 SLICES = ("read", "count_kind", "where", "color")
 

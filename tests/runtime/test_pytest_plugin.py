@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from foveate.runtime.results import Result, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,8 @@ def test_option(folder):
 def test_fixture(folder):
     (folder / "test_mine.py").write_text(
         "def test_good(foveate_gate):\n    assert foveate_gate('same.jsonl', baseline='base.jsonl').status == 'PASS'\n"
-        "def test_bad(foveate_gate):\n    v = foveate_gate('bad.jsonl', baseline='base.jsonl', margin=2)\n    assert v.status == 'FAIL' and v.exit_code == 1\n"
+        "def test_bad(foveate_gate):\n    v = foveate_gate('bad.jsonl', baseline='base.jsonl', margin=2)\n    assert v.status "
+        "== 'FAIL' and v.exit_code == 1\n"
     )
     code, text = pytest_in(folder, "test_mine.py")
     assert code == 0 and "2 passed" in text, text

@@ -9,6 +9,8 @@ import subprocess
 import numpy as np
 import pytest
 from fakes import Engine, Processor, manifest
+from PIL import Image
+
 from foveate.runtime import agreement
 from foveate.runtime.datasets import Item, Turn
 from foveate.runtime.errors import RunError
@@ -18,7 +20,6 @@ from foveate.runtime.latency import compare
 from foveate.runtime.report import Comparison, render
 from foveate.runtime.results import pairs
 from foveate.runtime.session import Session
-from PIL import Image
 
 COST = {
     "recipe": "x",
@@ -183,7 +184,8 @@ window.addEventListener("load", () => setTimeout(() => {
   out.first = text(); out.place = place();
   out.kept = [...document.querySelectorAll("#item0 canvas")].map(c => c.dataset.ready).join();
   document.querySelector('[data-move="1"]').click(); out.second = place();
-  const which = document.querySelector('[data-which="0"]'); which.value = "gained"; which.dispatchEvent(new Event("change", { bubbles: true })); out.gained = place();
+  const which = document.querySelector('[data-which="0"]'); which.value = "gained";
+  which.dispatchEvent(new Event("change", { bubbles: true })); out.gained = place();
   out.scroll = document.documentElement.scrollWidth <= window.innerWidth + 1;
   out.errors = window.foveateErrors;
   const pre = document.createElement("pre"); pre.id = "probe"; pre.textContent = JSON.stringify(out); document.body.appendChild(pre);
@@ -194,7 +196,17 @@ window.addEventListener("load", () => setTimeout(() => {
 def browse(folder, page, *flags):
     path = folder / "page.html"
     path.write_text(page, encoding="utf-8")
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", *flags, path.as_uri()]
+    command = [
+        BROWSER,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=5000",
+        f"--user-data-dir={folder / 'profile'}",
+        "--enable-logging=stderr",
+        *flags,
+        path.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return done.stdout, console
@@ -208,6 +220,11 @@ def test_the_page_works_and_says_nothing_on_the_console(comparison, tmp_path, si
     assert not console, console
     got = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', dom, re.S)[1]))
     losses = comparison.verdict.overall.losses
-    assert got["errors"] == [] and got["place"] == f"1 of {losses}" and got["second"] == f"2 of {losses}" and got["gained"] == f"1 of {comparison.verdict.overall.gains}"
+    assert (
+        got["errors"] == []
+        and got["place"] == f"1 of {losses}"
+        and got["second"] == f"2 of {losses}"
+        and got["gained"] == f"1 of {comparison.verdict.overall.gains}"
+    )
     assert "baseline" in got["first"] and "candidate" in got["first"] and got["kept"] == "2"
     assert got["scroll"], "the page is wider than the window"

@@ -82,7 +82,23 @@ def gate(work, name, recipe=None):
     if recipe:
         assert execute(["optimize", str(CHECKPOINT), "-o", str(work / name), "-r", recipe, "-q"]) == 0
     out = work / f"{name}.xml"
-    code = execute(["gate", str(work / name), "-b", str(work / "original"), "-d", str(work / "data"), "--batch", "16", "--work", str(work / "results"), "-q", "--junit", str(out)])
+    code = execute(
+        [
+            "gate",
+            str(work / name),
+            "-b",
+            str(work / "original"),
+            "-d",
+            str(work / "data"),
+            "--batch",
+            "16",
+            "--work",
+            str(work / "results"),
+            "-q",
+            "--junit",
+            str(out),
+        ]
+    )
     return code, out.read_text()
 
 
@@ -104,7 +120,22 @@ def test_a_mild_recipe_passes_or_cannot_be_told(work, capsys):
 
 def test_a_killed_gate_goes_on_to_the_same_numbers(work, capsys):
     """The log of a run is cut in the middle of a line; the verdict and its numbers are those of the whole run."""
-    command = ["gate", str(work / "original"), "-b", str(work / "original"), "-d", str(work / "data"), "--batch", "16", "--limit", "64", "--work", str(work / "cut"), "-q", "--json"]
+    command = [
+        "gate",
+        str(work / "original"),
+        "-b",
+        str(work / "original"),
+        "-d",
+        str(work / "data"),
+        "--batch",
+        "16",
+        "--limit",
+        "64",
+        "--work",
+        str(work / "cut"),
+        "-q",
+        "--json",
+    ]
     execute(command)
     first = capsys.readouterr().out
     (log,) = (work / "cut").glob("*.jsonl")
@@ -115,10 +146,14 @@ def test_a_killed_gate_goes_on_to_the_same_numbers(work, capsys):
     assert [{k: v for k, v in json.loads(line).items() if k != "ms"} for line in log.read_text().splitlines()] == whole
 
 
-@pytest.mark.parametrize(("recipe", "culprit", "tensor"), [
-    ("drop-fastv{layer=6,keep=72}", None, None),
-    ("drop-fastv{layer=6,keep=72}, wrong-positions", "2: wrong-positions", "decode.1.logits"),
-    ("drop-fastv{layer=6,keep=72}, wrong-scale", "2: wrong-scale", "decode.1.logits")])
+@pytest.mark.parametrize(
+    ("recipe", "culprit", "tensor"),
+    [
+        ("drop-fastv{layer=6,keep=72}", None, None),
+        ("drop-fastv{layer=6,keep=72}, wrong-positions", "2: wrong-positions", "decode.1.logits"),
+        ("drop-fastv{layer=6,keep=72}, wrong-scale", "2: wrong-scale", "decode.1.logits"),
+    ],
+)
 def test_bisect_names_the_planted_pass(work, recipe, culprit, tensor, capsys):
     plugin = str(work / "planted.py")
     path = work / f"planted-{culprit}".replace(": ", "-")
@@ -126,7 +161,11 @@ def test_bisect_names_the_planted_pass(work, recipe, culprit, tensor, capsys):
     capsys.readouterr()
     data = work / "long"  # answers of several tokens: only they pass through decode
     data.mkdir(exist_ok=True)
-    lines = [line for line in (work / "data" / "items.jsonl").read_text().splitlines() if json.loads(line)["slice"] in ("describe", "vtc_retrieve", "where")]
+    lines = [
+        line
+        for line in (work / "data" / "items.jsonl").read_text().splitlines()
+        if json.loads(line)["slice"] in ("describe", "vtc_retrieve", "where")
+    ]
     (data / "items.jsonl").write_text("\n".join(lines).replace('"images/', '"../data/images/'))
     code = execute(["bisect", str(path), "-m", str(CHECKPOINT), "-d", str(data), "--limit", "12", "--plugin", plugin, "--json", "-q"])
     found = json.loads(capsys.readouterr().out)["culprit"]
