@@ -156,7 +156,7 @@ def _raters(hidden: Tensor, visual: Tensor, valid: Tensor, ids: Tensor, features
     last = torch.where(seen, at, -1).amax(1, keepdim=True)
     text = valid & ~visual
     asked = text & (at > last)
-    asked = torch.where(asked.any(1, keepdim=True), asked, text & (at == torch.where(text, at, -1).amax(1, keepdim=True)))
+    asked = asked | (~asked.any(1, keepdim=True) & text & (at == torch.where(text, at, -1).amax(1, keepdim=True)))
     rows = F.compact_tokens(text, R)
     held = F.keep_tokens(asked, rows) & (torch.arange(R, device=valid.device)[None] < text.sum(1, keepdim=True))
     count = held.sum(1, keepdim=True).clamp(min=1)
@@ -164,5 +164,5 @@ def _raters(hidden: Tensor, visual: Tensor, valid: Tensor, ids: Tensor, features
     similar = torch.where(held.any(1)[:, None, None], similar, 0).softmax(2)
     relevance = (similar * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp(min=1)
     above = held & (relevance > relevance.sum(1, keepdim=True) / count)
-    above = torch.where(above.any(1, keepdim=True), above, held)
+    above = above | (~above.any(1, keepdim=True) & held)
     return held / count, above / above.sum(1, keepdim=True).clamp(min=1)

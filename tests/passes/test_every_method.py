@@ -7,12 +7,14 @@ import os
 from dataclasses import dataclass, fields
 
 import helpers
+import onnxruntime
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from foveate.export.to_onnx import to_onnx
 from foveate.graph.dump import dump
 from foveate.graph.verify import verify
 from foveate.passes.base import PassError, discover, make
@@ -172,6 +174,22 @@ def test_equals_the_mask_only_oracle(any_method, data):
         stays = [t for t in range(feed["input_ids"].shape[1]) if feed["attention_mask"][b, t] and t not in {int(visual[i]) for i in dropped}]
         assert got["kv_lengths"][layer, b] == len(stays)
         helpers.close(got[f"k.{layer}"][b, :, : len(stays)], want[f"k.{layer}"][b][:, stays], 3e-5)
+
+
+@pytest.mark.parametrize("keep", [3, 0.25])
+def test_onnx_runtime_equals_eager(any_method, keep):
+    """The same tokens, the same rows, from the file that is shipped; a batch with padding, two images and none."""
+    program, feed = reduced(any_method, keep).clone(), helpers.feeds([1, 2, 0], [5, 2, 3], seed=7)
+    make("clean-up").run(program)
+    stage = program["prefill"]
+    want = stage.run(feed)
+    session = onnxruntime.InferenceSession(to_onnx(stage, "prefill").SerializeToString(), providers=["CPUExecutionProvider"])
+    got = dict(zip(stage.outputs, session.run(stage.outputs, {i.name: feed[i.name].numpy() for i in session.get_inputs()}), strict=True))
+    for name, value in want.items():
+        if name.startswith("kept") or name == "kv_lengths":
+            assert (got[name] == value.numpy()).all(), name
+        else:
+            helpers.close(torch.from_numpy(got[name]), value.detach(), 1e-4)  # other kernels, float32
 
 
 def given_again(base, kept):
