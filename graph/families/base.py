@@ -205,4 +205,4 @@ def noise(shape: tuple[int, ...], model: Any) -> Tensor:
     parameter = next(model.parameters())
     if parameter.device.type == "meta":
         return torch.empty(shape, dtype=parameter.dtype, device="meta")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(parameter.dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(parameter.device, parameter.dtype)
