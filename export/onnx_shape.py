@@ -527,7 +527,7 @@ def _resize(mode: str, **extra: Any) -> Any:
 
 
 for _name, _mode, _extra in (("upsample_nearest2d", "nearest", {"nearest_mode": "floor"}), ("upsample_bilinear2d", "linear", {}),
-                             ("upsample_bicubic2d", "cubic", {"cubic_coeff_a": -0.75})):  # antialiased ones are decomposed: ONNX Runtime's differ by 1e-1
+                             ("upsample_bicubic2d", "cubic", {"cubic_coeff_a": -0.75})):
     for _overload in ("vec", "default"):
         EMITTERS[getattr(getattr(aten, _name), _overload)] = _resize(_mode, **_extra)
 
@@ -536,6 +536,30 @@ for _name, _mode, _extra in (("upsample_nearest2d", "nearest", {"nearest_mode": 
 def grid_sampler(b: Builder, n: Node, x: Node, grid: Node, mode: int, padding: int, align: bool) -> str:
     return b.op("GridSample", b(x), b(grid), mode=("linear", "nearest", "cubic")[mode], padding_mode=("zeros", "border", "reflection")[padding],
                 align_corners=int(align))
+
+
+@emits(aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default, aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec)
+def antialiased(b: Builder, n: Node, x: Node, _size: Any, align: bool, *_: Any) -> str:
+    """A separable linear map: one constant matrix per axis, taken from torch itself. (ONNX Runtime's antialiased Resize differs by 1e-1.)"""
+    have, want = x.meta["val"].shape[2:], n.meta["val"].shape[2:]
+    if not all(isinstance(s, int) for s in (*have, *want)):
+        raise LowerError(f"to_onnx: {n.name}: antialiased resizing from {tuple(have)} to {tuple(want)} needs fixed sizes")
+    mode = "bicubic" if "bicubic" in str(n.target) else "bilinear"
+    rows, columns = (torch.nn.functional.interpolate(torch.eye(old)[None, None], (new, old), mode=mode, antialias=True, align_corners=align)[0, 0].to(dtype(n))
+                     for old, new in zip(have, want, strict=True))
+    return b.op("MatMul", b.op("MatMul", b.const(rows), b(x)), b.const(columns.t().contiguous()))
+
+
+@emits(aten.im2col.default)
+def im2col(b: Builder, n: Node, x: Node, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> str:
+    """Patches that tile the picture: [B, C, H, W] -> [B, C kh kw, H/kh W/kw]. (As a GatherND, ONNX Runtime 1.31's optimizer breaks it.)"""
+    channels, height, width = x.meta["val"].shape[1:]
+    (kh, kw) = kernel
+    tiles = list(kernel) == list(stride) and list(dilation) == [1, 1] and list(padding) == [0, 0] and all(isinstance(s, int) for s in (channels, height, width))
+    if not tiles or height % kh or width % kw:
+        raise LowerError(f"to_onnx: {n.name}: unfold with kernel {kernel}, stride {stride}, padding {padding} over {(height, width)} does not tile it")
+    split = b.op("Reshape", b(x), b.ints(0, channels, height // kh, kh, width // kw, kw))
+    return b.op("Reshape", b.op("Transpose", split, perm=[0, 1, 3, 5, 2, 4]), b.ints(0, channels * kh * kw, (height // kh) * (width // kw)))
 
 
 @emits(aten.pixel_shuffle.default)
