@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +42,19 @@ def one_hot(index: Tensor, n: int) -> Tensor:
 
 
 def grouped(x: Tensor, size: int) -> Tensor:
-    """x[I, ...] -> [G, size, ...]: consecutive images together; the last group is filled up with the last image"""
-    groups = (x.shape[0] + size - 1) // size
-    index = torch.arange(groups, device=x.device)[:, None] * size + torch.arange(size, device=x.device)[None]
+    """x[I, ...] -> [G + 1, size, ...]: consecutive images together, the last group filled up with the last image, and one spare group
+
+    The spare one keeps the number of groups a symbol: with fewer images than `size` in the example it would be traced as the number 1. No grouping, no spare.
+    """
+    if size == 1:
+        return x[:, None]
+    index = torch.arange(groups(x.shape[0], size) + 1, device=x.device)[:, None] * size + torch.arange(size, device=x.device)[None]
     return x[index.clamp(max=x.shape[0] - 1)]
+
+
+def groups(images: Any, size: int) -> Any:
+    """G, the number of groups that hold all images (int or SymInt)"""
+    return (images + size - 1) // size
 
 
 def per_image(kept: Tensor, shared: int, n: int) -> Tensor:

@@ -18,7 +18,7 @@ from ..graph.stage import sweep
 from .base import Pass
 from .select import SHARE, Keep
 from .vision_place import Place, external, find_place
-from .vision_plan import Plan, best, grouped, per_image
+from .vision_plan import Plan, best, grouped, groups, per_image
 from .vision_signals import EXTERNAL, Attention, Signals
 
 F = torch.ops.foveate
@@ -53,7 +53,7 @@ class VisionReduce(Pass):
         return 1
 
     def run(self, program: Program) -> bool:
-        place = find_place(program, self.reads(), self.after_projector, self.fail)
+        place = find_place(program, self.reads(), self.after_projector or self.shared > 1, self.fail)
         count = self.budget(place.n, place.grid)
         if count > place.n:
             raise self.fail(f"keep={self.keep} is more than the {place.n} patches of an image")
@@ -95,9 +95,13 @@ class VisionReduce(Pass):
             layers = tuple(Attention(*rest[i : i + 5]) for i in range(0, len(rest), 5))
             plan = self.plan(count * self.shared, Signals(tokens[0], layers, place.skip, place.grid, place.merge, given, beside))
             fewer = [plan.apply(x) for x in self._together(tokens, beside)]
+            kept = per_image(plan.kept, self.shared, place.n)
             if place.flat:
                 fewer = [x.flatten(0, 1) for x in fewer]
-            return (*fewer, per_image(plan.kept, self.shared, place.n))
+            if self.shared > 1:  # without the spare group
+                whole = groups(tokens[0].shape[0], self.shared) * self.shared
+                fewer, kept = [x[: whole * count] for x in fewer], kept[:whole]
+            return (*fewer, kept)
 
         wanted = [place.cls] if with_cls else []
         readers = [[before] if place.flat else list(node.users) for node in place.nodes]

@@ -40,6 +40,9 @@ class PruneCDPruner(VisionSelect):
     def choose(self, count: int, features: Tensor, text: Tensor | None = None) -> Tensor:
         unit = features.float() / features.float().norm(dim=-1, keepdim=True).clamp(min=1e-12)
         kernel = cosine(features)
+        if self.mode == "fixed":  # exactly one, so that equal relevance is a tie on every backend
+            place = torch.arange(kernel.shape[1], device=kernel.device)
+            kernel = torch.where(place[:, None] == place, 1.0, kernel)
         if text is not None:
             weight = self.scaled(self.sign * (unit @ text.float()[..., None]).squeeze(-1))
             kernel = weight[:, :, None] * kernel * weight[:, None]

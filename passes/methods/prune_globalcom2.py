@@ -72,7 +72,7 @@ class PruneGlobalCom2(VisionSelect):
     def guide(self, base: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """base[G, n] -> g[G, crops, n]"""
         assert grid is not None
-        rows, columns = (_bilinear(size, size * times).to(base.device) for size, times in zip(grid, (self.rows, self.columns), strict=True))
+        rows, columns = (_bilinear(size, size * times, base.device) for size, times in zip(grid, (self.rows, self.columns), strict=True))
         wide = rows @ base.float().unflatten(1, grid) @ columns.T
         return wide.unflatten(1, (self.rows, grid[0])).unflatten(3, (self.columns, grid[1])).permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2)
 
@@ -81,7 +81,7 @@ def _unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-def _bilinear(size: int, wanted: int) -> Tensor:
+def _bilinear(size: int, wanted: int, device: torch.device) -> Tensor:
     """[wanted, size]: the weights of a resize along one axis, corners not aligned (a constant; a resize operator is another thing on each backend)"""
     weight = [[0.0] * size for _ in range(wanted)]
     for i in range(wanted):
@@ -89,4 +89,4 @@ def _bilinear(size: int, wanted: int) -> Tensor:
         low = int(at)
         weight[i][low] += 1 - (at - low)
         weight[i][min(low + 1, size - 1)] += at - low
-    return torch.tensor(weight)
+    return torch.tensor(weight, device=device)
