@@ -1,4 +1,5 @@
-"""What is inside a TensorRT engine, read without a GPU: the plan carries its compiled graph as plain text, kernels with names, grids and vector widths.
+"""What is inside a TensorRT engine, read without a GPU: the plan carries its compiled graph as plain text, kernels with names, grids and
+vector widths.
 
     kernels(plan)                     every kernel launch of the plan, in order
     EngineReport                      one engine: size, seconds, memory, profiles, tensors, kernels, what became of attention
@@ -16,7 +17,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-_LAUNCH = re.compile(rb"function=\{ name=(\S+) fqn=(\S+) args=\{([^}]*)\}(.*?)grid = \{([^}]*)\} block = \{([^}]*)\}.*?vec_width=(\d+)", re.S)
+_LAUNCH = re.compile(
+    rb"function=\{ name=(\S+) fqn=(\S+) args=\{([^}]*)\}(.*?)grid = \{([^}]*)\} block = \{([^}]*)\}.*?vec_width=(\d+)", re.S
+)
 GEMV, GEMM = "_gemv_mha", "_gemm_mha"  # fused attention for one query and for many
 
 
@@ -88,11 +91,17 @@ class EngineReport:
         """Plain data: fields, the attention sentence and kernel counts by name."""
         plain = asdict(self)
         plain["kernels"] = [asdict(k) for k in self.kernels]
-        return plain | {"kernel_count": len(self.kernels), "fused_attention": self.fused, "cache_copies": self.cache_copies, "attention": self.attention}
+        return plain | {
+            "kernel_count": len(self.kernels),
+            "fused_attention": self.fused,
+            "cache_copies": self.cache_copies,
+            "attention": self.attention,
+        }
 
 
 def kernels(plan: bytes | memoryview) -> list[Kernel]:
-    """Kernel launches found in a serialized engine, in program order; empty for a plan that carries no readable graph (classic TensorRT)."""
+    """Kernel launches found in a serialized engine, in program order; empty for a plan that carries no readable graph (classic
+    TensorRT)."""
     found = _LAUNCH.finditer(plan)
     return [Kernel(m[1].decode(), _squeeze(m[5]), _squeeze(m[6]), int(m[7])) for m in found]
 
@@ -104,8 +113,20 @@ def _squeeze(text: bytes) -> str:
 def render(reports: Sequence[EngineReport]) -> str:
     """A text table, one line per engine."""
     header = ("stage", "layers", "kernels", "MB", "build s", "RSS MB", "precision", "SM", "attention")
-    rows = [(r.stage, str(r.layers), str(len(r.kernels)), f"{r.bytes / 1e6:.1f}", f"{r.seconds:.1f}", f"{r.peak_rss_bytes / 1e6:.0f}", r.precision,
-             r.compute_capability, r.attention) for r in reports]
+    rows = [
+        (
+            r.stage,
+            str(r.layers),
+            str(len(r.kernels)),
+            f"{r.bytes / 1e6:.1f}",
+            f"{r.seconds:.1f}",
+            f"{r.peak_rss_bytes / 1e6:.0f}",
+            r.precision,
+            r.compute_capability,
+            r.attention,
+        )
+        for r in reports
+    ]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

@@ -5,10 +5,12 @@
 TensorRT networks are strongly typed: what the graph says is what the engine computes. Three classes of operators, as in autocast:
 
     products     linear, matmul, convolution, attention and the KV ops: their inputs are narrowed; engines accumulate in float32
-    islands      norms and their statistics, softmax, exponentials, activations, sums, and all that a cosine or sine is made of (RoPE tables)
+    islands      norms and their statistics, softmax, exponentials, activations, sums, and all that a cosine or sine is made of (RoPE
+    tables)
     the rest     follows its inputs: one float32 input makes the result float32; a parameter or constant never does
 
-The residual stream is float32 by default: real LLMs carry hidden values of 1e4 and more, and float16 ends at 65504. It costs a wider read and write
+The residual stream is float32 by default: real LLMs carry hidden values of 1e4 and more, and float16 ends at 65504. It costs a wider read
+and write
 between layers, which engines fuse into their pointwise kernels, and keeps a sum of 64 narrow terms exact.
 Stage inputs and outputs: features, K/V and convolution states narrow, pixels and logits float32.
 """
@@ -34,18 +36,22 @@ LARGEST = {torch.float16: 65504.0}  # what a narrowing cast may meet; bfloat16 r
 
 PRODUCTS = frozenset(
     "linear matmul mm bmm addmm baddbmm conv1d conv2d conv3d convolution einsum scaled_dot_product_attention _grouped_mm "
-    "attention attention_varlen attention_rows attention_columns kv_store kv_append".split())
+    "attention attention_varlen attention_rows attention_columns kv_store kv_append".split()
+)
 ISLANDS = frozenset(
-    "layer_norm native_layer_norm group_norm rms_norm batch_norm norm linalg_vector_norm var std mean sum prod cumsum logsumexp softmax _softmax "
+    "layer_norm native_layer_norm group_norm rms_norm batch_norm norm linalg_vector_norm var std mean sum prod cumsum logsumexp "
+    "softmax _softmax "
     "log_softmax _log_softmax pow square rsqrt sqrt reciprocal exp exp2 log log2 softplus sigmoid tanh erf gelu silu silu_ mish cos sin "
-    "cosine_similarity cdist div".split())
+    "cosine_similarity cdist div".split()
+)
 STREAM = frozenset("embedding conv1d conv2d conv3d convolution".split())  # where a residual stream starts
 NARROW_INPUTS = ("image_features", "past_k.", "past_v.", "conv.", "deepstack.")
 TO = torch.ops.aten.to.dtype
 
 
 def to_precision(program: Program, precision: str, residual: str = "float32") -> Program:
-    """A copy of the program that computes in `precision`. Parameters stay as they are, narrowed by a cast node each that export folds while it writes."""
+    """A copy of the program that computes in `precision`. Parameters stay as they are, narrowed by a cast node each that export folds
+    while it writes."""
     if precision not in PRECISIONS:
         raise LowerError(f"precision: {precision!r} is none of {list(PRECISIONS)}")
     if residual not in RESIDUALS:
@@ -63,7 +69,11 @@ def to_precision(program: Program, precision: str, residual: str = "float32") ->
 
 def kind(node: Node) -> str:
     """The operator's bare name: aten.linear.default -> linear."""
-    return node.target._schema.name.split("::")[1] if isinstance(node.target, OpOverload) else getattr(node.target, "__name__", str(node.target))
+    return (
+        node.target._schema.name.split("::")[1]
+        if isinstance(node.target, OpOverload)
+        else getattr(node.target, "__name__", str(node.target))
+    )
 
 
 def is_float(node: Any) -> bool:

@@ -31,19 +31,21 @@ class Request:
 
 
 def compute_capabilities(trt: ModuleType) -> dict[str, Any]:
-    """What this TensorRT builds for without a GPU: "8.9" -> its enum member; empty for classic TensorRT, which builds for the GPU at hand."""
+    """What this TensorRT builds for without a GPU: "8.9" -> its enum member; empty for classic TensorRT, which builds for the GPU at
+    hand."""
     members = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
     return {f"{n[2:-1]}.{n[-1]}": m for n, m in members.items() if n.startswith("SM")}
 
 
 def canonical(capability: Any) -> str:
-    """"SM89", "89", 8.9, "8.9" -> "8.9" """
+    """ "SM89", "89", 8.9, "8.9" -> "8.9" """
     text = str(capability).upper().removeprefix("SM").removeprefix("_")
     return text if "." in text else f"{text[:-1]}.{text[-1:]}"
 
 
 def build(trt: ModuleType, target: str, request: Request, options: TrtOptions, capability: str) -> tuple[Any, EngineReport]:
-    """(the plan, its report). What the parser or the builder says when it fails is the LowerError's text, with the node that it is about."""
+    """(the plan, its report). What the parser or the builder says when it fails is the LowerError's text, with the node that it is
+    about."""
     log = _log(trt)
     builder = trt.Builder(log)
     if builder is None:
@@ -62,11 +64,22 @@ def build(trt: ModuleType, target: str, request: Request, options: TrtOptions, c
         raise LowerError(f"{target}: {request.stage}: no engine for compute capability {capability}: {log.text()}")
     _save_timing_cache(config, options, cache)
     report = EngineReport(
-        stage=request.stage, target=target, version=trt.__version__, compute_capability=capability, precision=options.precision,
-        layers=network.num_layers, bytes=plan.nbytes, seconds=round(seconds, 3), peak_rss_bytes=memory.peak,
+        stage=request.stage,
+        target=target,
+        version=trt.__version__,
+        compute_capability=capability,
+        precision=options.precision,
+        layers=network.num_layers,
+        bytes=plan.nbytes,
+        seconds=round(seconds, 3),
+        peak_rss_bytes=memory.peak,
         inputs=[_tensor(network.get_input(i)) for i in range(network.num_inputs)],
         outputs=[_tensor(network.get_output(i)) for i in range(network.num_outputs)],
-        profile=profile, attention_layers=request.attention_layers, kernels=kernels(memoryview(plan)), warnings=log.warnings[:20])
+        profile=profile,
+        attention_layers=request.attention_layers,
+        kernels=kernels(memoryview(plan)),
+        warnings=log.warnings[:20],
+    )
     return plan, report
 
 

@@ -1,6 +1,8 @@
-"""Running the engines of an artifact: device buffers are torch CUDA tensors, keys and values never leave the GPU and are never moved by a step.
+"""Running the engines of an artifact: device buffers are torch CUDA tensors, keys and values never leave the GPU and are never moved by a
+step.
 
-Batch 1: an engine reads exactly the valid rows of each layer and writes the new row right behind them. Larger batches: it reads the whole buffer
+Batch 1: an engine reads exactly the valid rows of each layer and writes the new row right behind them. Larger batches: it reads the whole
+buffer
 under a length mask, and the new rows are put in place by one indexed copy per layer.
 """
 
@@ -20,8 +22,16 @@ from .base import Arrays, Cache, Engine
 if TYPE_CHECKING:
     from ..artifact import Artifact
 
-DTYPES = {"float": torch.float32, "half": torch.float16, "bf16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32, "int8": torch.int8,
-          "bool": torch.bool, "uint8": torch.uint8}
+DTYPES = {
+    "float": torch.float32,
+    "half": torch.float16,
+    "bf16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int8": torch.int8,
+    "bool": torch.bool,
+    "uint8": torch.uint8,
+}
 AXES = {"image_features": (None, "visual"), "input_ids": ("batch", "sequence"), "past_k.": ("batch", "past"), "pixel_values": ("images",)}
 
 
@@ -36,14 +46,23 @@ def refuse(artifact: Artifact, target: str, version: str, gpu: str | None) -> No
     """One sentence when this machine cannot run the engines: no GPU, another TensorRT, another GPU."""
     for stage, component in artifact.manifest["components"].items():
         if gpu is None:
-            raise LowerError(f"{target}: running {stage}.engine needs an NVIDIA GPU of compute capability {component['compute_capability']}, and torch sees none "
-                             "here (engines build without one); --target ort runs on this machine")
+            raise LowerError(
+                f"{target}: running {stage}.engine needs an NVIDIA GPU of compute capability {component['compute_capability']}, and "
+                f"torch sees none "
+                "here (engines build without one); --target ort runs on this machine"
+            )
         if component["version"] != version:
-            raise LowerError(f"{target}: {stage}.engine was built by version {component['version']}, installed is {version}; install that one, or rebuild: "
-                             f"{rebuild(artifact, target, compute_capability=gpu)}")
+            raise LowerError(
+                f"{target}: {stage}.engine was built by version {component['version']}, installed is {version}; install that one, or "
+                f"rebuild: "
+                f"{rebuild(artifact, target, compute_capability=gpu)}"
+            )
         if component["compute_capability"] != gpu:
-            raise LowerError(f"{target}: {stage}.engine was built for compute capability {component['compute_capability']}, this GPU has {gpu}; rebuild: "
-                             f"{rebuild(artifact, target, compute_capability=gpu)}")
+            raise LowerError(
+                f"{target}: {stage}.engine was built for compute capability {component['compute_capability']}, this GPU has {gpu}; "
+                f"rebuild: "
+                f"{rebuild(artifact, target, compute_capability=gpu)}"
+            )
 
 
 def outside(artifact: Artifact, target: str, stage: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -60,13 +79,19 @@ def outside(artifact: Artifact, target: str, stage: str, shapes: Mapping[str, tu
                 option = _option(name, axis)
                 wider = f"{min(least, size)}:{best}:{max(most, size)}"
                 hint = f"; rebuild: {rebuild(artifact, target, **{option: wider})}" if option else ""
-                raise LowerError(f"{target}: {stage}: {name} has size {size} in dimension {axis}, this engine takes {least} to {most}{hint}")
+                raise LowerError(
+                    f"{target}: {stage}: {name} has size {size} in dimension {axis}, this engine takes {least} to {most}{hint}"
+                )
 
 
 def _option(name: str, axis: int) -> str | None:
     """The build option that widens this dimension."""
     for prefix, options in AXES.items():
-        if name == prefix or prefix.endswith(".") and name.startswith(prefix) or name in ("attention_mask", "position_ids") and prefix == "input_ids":
+        if (
+            name == prefix
+            or (prefix.endswith(".") and name.startswith(prefix))
+            or (name in ("attention_mask", "position_ids") and prefix == "input_ids")
+        ):
             axis = axis - 1 if name == "position_ids" and axis == 2 else axis
             return options[axis] if axis < len(options) else None
     return None
@@ -164,7 +189,9 @@ class TrtEngine(Engine):
         """From exported programs with engines inside."""
         refuse(artifact, target, version, _gpu())
         parts = artifact.manifest["components"]
-        return cls(target, artifact, {n: _TorchStage(torch.export.load(str(artifact.file(c["file"]))).module(), c) for n, c in parts.items()})
+        return cls(
+            target, artifact, {n: _TorchStage(torch.export.load(str(artifact.file(c["file"]))).module(), c) for n, c in parts.items()}
+        )
 
     def vision(self, feeds: Arrays) -> Arrays:
         return _to_host(self.stages["vision"](self._given("vision", feeds), _nowhere))
@@ -203,7 +230,9 @@ class TrtEngine(Engine):
         for row, layer in enumerate(cache.layers):
             used = int(cache.lengths[row].max())
             if used >= cache.buffers[f"k.{layer}"].shape[1]:
-                raise LowerError(f"{self.target}: decode: the cache of layer {layer} is full after {used} rows; ask prefill for more capacity")
+                raise LowerError(
+                    f"{self.target}: decode: the cache of layer {layer} is full after {used} rows; ask prefill for more capacity"
+                )
             for which in "kv":
                 buffer = cache.buffers[f"{which}.{layer}"]
                 feeds[f"past_{which}.{layer}"] = buffer[:, :used] if one else buffer
@@ -244,7 +273,9 @@ class TrtEngine(Engine):
         most = min((high[1] for n, (_, _, high) in profile.items() if n.startswith("past_k.")), default=rows)
         if rows > most:
             wider = rebuild(self.artifact, self.target, past=f"1:{most}:{rows}")
-            raise LowerError(f"{self.target}: prompt and new tokens need {rows} cache rows, the decode engine takes {most}; rebuild: {wider}")
+            raise LowerError(
+                f"{self.target}: prompt and new tokens need {rows} cache rows, the decode engine takes {most}; rebuild: {wider}"
+            )
 
     def _given(self, stage: str, feeds: Arrays) -> dict[str, Tensor]:
         outside(self.artifact, self.target, stage, {n: tuple(a.shape) for n, a in feeds.items()})

@@ -13,11 +13,16 @@ from ._trt_options import TrtOptions
 from ._trt_spelling import ATTENTION, ATTENTION_VARLEN, fusable
 
 TOPK = 3840  # largest constant k of TopK
-DATA_DEPENDENT = frozenset("nonzero masked_select unique unique2 unique_consecutive repeat_interleave bincount _unique2 nonzero_numpy".split())
+DATA_DEPENDENT = frozenset(
+    "nonzero masked_select unique unique2 unique_consecutive repeat_interleave bincount _unique2 nonzero_numpy".split()
+)
 UNKNOWN = {
-    "index_add": "adding scatters have no TensorRT layer", "scatter_add": "adding scatters have no TensorRT layer",
-    "scatter_reduce": "reducing scatters have no TensorRT layer", "index_reduce": "reducing scatters have no TensorRT layer",
-    "bitwise_left_shift": "bit shifts have no TensorRT layer", "bitwise_right_shift": "bit shifts have no TensorRT layer",
+    "index_add": "adding scatters have no TensorRT layer",
+    "scatter_add": "adding scatters have no TensorRT layer",
+    "scatter_reduce": "reducing scatters have no TensorRT layer",
+    "index_reduce": "reducing scatters have no TensorRT layer",
+    "bitwise_left_shift": "bit shifts have no TensorRT layer",
+    "bitwise_right_shift": "bit shifts have no TensorRT layer",
 }
 NEEDS = {"bfloat16": (8, 0)}
 
@@ -29,9 +34,15 @@ def limits(program: Program, options: TrtOptions) -> list[str]:
         for node in program[stage].graph.nodes:
             if node.op == "call_function":
                 found += [f"{stage}: {node.name}: {why}" for why in _node(node)]
-            elif node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dtype in (torch.uint8, torch.float64):
-                found.append(f"{stage}: input {node.meta.get('name', node.name)} is {str(node.meta['val'].dtype).removeprefix('torch.')}; "
-                             "TensorRT takes float32, float16, bfloat16, int64, int32, int8 and bool")
+            elif (
+                node.op == "placeholder"
+                and isinstance(node.meta.get("val"), Tensor)
+                and node.meta["val"].dtype in (torch.uint8, torch.float64)
+            ):
+                found.append(
+                    f"{stage}: input {node.meta.get('name', node.name)} is {str(node.meta['val'].dtype).removeprefix('torch.')}; "
+                    "TensorRT takes float32, float16, bfloat16, int64, int32, int8 and bool"
+                )
     return found
 
 
@@ -50,7 +61,8 @@ def _precision(options: TrtOptions) -> Iterator[str]:
     need = NEEDS.get(options.precision)
     have = tuple(int(p) for p in options.compute_capability.split("."))
     if need and have < need:
-        yield f"{options.precision} needs compute capability {need[0]}.{need[1]}; {options.compute_capability} has none, use precision=float16"
+        why = f"{options.precision} needs compute capability {need[0]}.{need[1]}"
+        yield f"{why}; {options.compute_capability} has none, use precision=float16"
 
 
 def _node(node: Node) -> Iterator[str]:

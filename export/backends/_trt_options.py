@@ -63,7 +63,7 @@ class TrtOptions:
 
 
 def as_range(name: str, value: Any) -> Range | None:
-    """ "1:64:512", 64, [1, 64, 512] -> (min, opt, max) """
+    """ "1:64:512", 64, [1, 64, 512] -> (min, opt, max)"""
     if value is None:
         return None
     parts = value.split(":") if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else [value]
@@ -96,7 +96,8 @@ def axis_ranges(program: Program, options: TrtOptions) -> dict[str, Range]:
 
 
 def symbol_ranges(stage: Stage, axes: Mapping[str, Range]) -> dict[Any, Range]:
-    """Every symbol of the stage's inputs (sympy) -> its range. What the contract does not name counts images or patches of the vision tower."""
+    """Every symbol of the stage's inputs (sympy) -> its range. What the contract does not name counts images or patches of the vision
+    tower."""
     ranges: dict[Any, Range] = {}
     for node in stage.graph.nodes:
         if node.op != "placeholder" or not isinstance(node.meta["val"], Tensor):
@@ -121,7 +122,7 @@ def _axis(node: Node, axis: int, axes: Mapping[str, Range]) -> Range | None:
         return axes["B"]
     if name.startswith(("past_k.", "past_v.", "past_pos.")):
         return axes["B" if axis == 0 else "P"]
-    if node.graph.owning_module is not None and name in ("pixel_values",) or axis == 0 and "input_ids" not in _names(node):
+    if (node.graph.owning_module is not None and name in ("pixel_values",)) or (axis == 0 and "input_ids" not in _names(node)):
         return axes["I"] if rank > 2 else _patches(node, axes)
     return axes["B"] if axis == 0 else axes["N"] if axis == 1 else None
 
@@ -149,5 +150,7 @@ def _evaluate(node: Node, size: Any, ranges: Mapping[Any, Range], which: int) ->
     expr = size.node.expr
     free = [s for s in expr.free_symbols if s not in ranges]
     if free:
-        raise LowerError(f"trt: input {node.meta.get('name', node.name)} has a size {expr} whose symbols {[str(s) for s in free]} have no range")
+        raise LowerError(
+            f"trt: input {node.meta.get('name', node.name)} has a size {expr} whose symbols {[str(s) for s in free]} have no range"
+        )
     return int(expr.subs({s: ranges[s][which] for s in expr.free_symbols}))

@@ -1,14 +1,20 @@
-"""How attention and the KV cache are spelt for TensorRT, on the FX graphs: every rule was found by building engines and reading their kernels.
+"""How attention and the KV cache are spelt for TensorRT, on the FX graphs: every rule was found by building engines and reading their
+kernels.
 
     respell(program, batch_one)     in place, all stages
 
-Prefill and vision keep one attention node per layer, which becomes TensorRT's fused attention. That kernel takes a causal flag or an additive
-mask, not both; a boolean mask costs seven extra kernels per mask; a soft cap, unequal key and value widths, float32, and head widths off the
+Prefill and vision keep one attention node per layer, which becomes TensorRT's fused attention. That kernel takes a causal flag or an
+additive
+mask, not both; a boolean mask costs seven extra kernels per mask; a soft cap, unequal key and value widths, float32, and head widths off
+the
 grid (16 to 256 in eights) have no kernel and are spelt out.
-Decode is spelt out always: products around a float32 softmax, keys expanded over their group, fold with the concatenation of past and new rows
-into one kernel per layer; the fused op would copy the cache first. They fold only when the batch is fixed. For batch 1 the caller binds exactly
+Decode is spelt out always: products around a float32 softmax, keys expanded over their group, fold with the concatenation of past and new
+rows
+into one kernel per layer; the fused op would copy the cache first. They fold only when the batch is fixed. For batch 1 the caller binds
+exactly
 the valid rows, so the mask goes, and the kernel reads eight values at a time instead of one.
-RoPE tables are written to memory once: left as arithmetic they would be fused into the first layer's kernel, and every further layer would copy its
+RoPE tables are written to memory once: left as arithmetic they would be fused into the first layer's kernel, and every further layer
+would copy its
 cache (found by bisection; a sum over an axis of one is the identity that is not fused through).
 The cache is token-major, [B, P, G, D]: with batch 1 a new row is written right behind the past, with no copy.
 """
@@ -115,8 +121,9 @@ class _Respelling:
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
 
-    def _spelt_out(self, node: Node, q: Any, k: Any, v: Any, mask: Any, q_pos: Any, k_pos: Any,
-                   scale: float, causal: bool, window: int, softcap: float) -> Node:
+    def _spelt_out(
+        self, node: Node, q: Any, k: Any, v: Any, mask: Any, q_pos: Any, k_pos: Any, scale: float, causal: bool, window: int, softcap: float
+    ) -> Node:
         """softmax(q k^T) v, the softmax in float32; scaled before the product, whose float16 sum would otherwise end at 65504."""
         narrow = q.meta["val"].dtype
         groups = q.meta["val"].shape[1] // k.meta["val"].shape[1]
@@ -206,7 +213,9 @@ class _Respelling:
                 at = self.call(aten.unsqueeze.default, self.call(aten.arange.default, self.call(aten.sym_size.int, q, 2)), 1)
                 ends = self.call(aten.unsqueeze.default, self.call(aten.slice.Tensor, cu_seqlens, 0, 1), 0)
                 segment = self.call(aten.sum.dim_IntList, self.call(aten.to.dtype, self.call(aten.ge.Tensor, at, ends), torch.int64), [1])
-                same = self.call(aten.eq.Tensor, self.call(aten.unsqueeze.default, segment, 1), self.call(aten.unsqueeze.default, segment, 0))
+                same = self.call(
+                    aten.eq.Tensor, self.call(aten.unsqueeze.default, segment, 1), self.call(aten.unsqueeze.default, segment, 0)
+                )
                 self.masks[key] = self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, same, 0), 0)
                 retype(self.stage)
             new = self.call(ATTENTION, q, k, v, self.masks[key], None, None, scale, False, 0, 0.0, layer)
@@ -227,7 +236,8 @@ def compact(keep: Tensor, size: int) -> Tensor:
 
 
 def is_padding(mask: Any) -> bool:
-    """Is this mask made of the prompt's padding mask alone? Then valid rows are a prefix: prompts are padded on the right, and a cut puts kept tokens first."""
+    """Is this mask made of the prompt's padding mask alone? Then valid rows are a prefix: prompts are padded on the right, and a cut puts
+    kept tokens first."""
     if not isinstance(mask, Node):
         return False
     if mask.op == "placeholder":
@@ -240,11 +250,21 @@ def is_padding(mask: Any) -> bool:
         return all(is_padding(a) for a in mask.args[:2])
     if mask.target in (aten.view.default, aten.reshape.default):  # of a [B, T] mask to itself
         return mask.meta["val"].dim() == 2 and is_padding(mask.args[0])
-    one = (KEEP, aten.ne.Scalar, aten.gt.Scalar, aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.alias.default, aten.to.device)
+    one = (
+        KEEP,
+        aten.ne.Scalar,
+        aten.gt.Scalar,
+        aten.to.dtype,
+        aten._to_copy.default,
+        aten.clone.default,
+        aten.alias.default,
+        aten.to.device,
+    )
     return mask.target in one and is_padding(mask.args[0])
 
 
 # ** RoPE tables **
+
 
 def write_tables(stage: Stage) -> None:
     """Every float value made of positions and constants alone that meets hidden states goes through a running sum over one element."""
@@ -258,8 +278,12 @@ def write_tables(stage: Stage) -> None:
     order = {n: i for i, n in enumerate(stage.graph.nodes)}
     for node in sorted(merged.values(), key=order.__getitem__):
         readers = [u for u in node.users if u not in alone]
-        axis = next((i for i, size in enumerate(node.meta["val"].shape) if isinstance(size, int) and size == 1), None)  # one query: there is one
-        if readers and axis is not None and node.meta["val"].is_floating_point():
+        if not readers or not isinstance(node.meta["val"], Tensor):
+            continue
+        axis = next(
+            (i for i, size in enumerate(node.meta["val"].shape) if isinstance(size, int) and size == 1), None
+        )  # one query: there is one
+        if axis is not None and node.meta["val"].is_floating_point():
             with stage.graph.inserting_after(node):
                 table = stage.graph.call_function(aten.cumsum.default, (node, axis))
             for reader in readers:
@@ -267,12 +291,12 @@ def write_tables(stage: Stage) -> None:
 
 
 def _from_positions(stage: Stage) -> set[Node]:
-    """Tensor nodes that depend on position_ids, and on nothing else that varies."""
+    """Nodes that depend on position_ids, and on nothing else that varies."""
     alone: set[Node] = set()
     for node in stage.graph.nodes:
         if node.op == "placeholder" and node.meta.get("name", node.name) == "position_ids":
             alone.add(node)
-        elif node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
+        elif node.op == "call_function" and isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             made_of = [n for n in node.all_input_nodes if n.op != "get_attr"]
             if made_of and all(n in alone for n in made_of):
                 alone.add(node)
@@ -281,8 +305,10 @@ def _from_positions(stage: Stage) -> set[Node]:
 
 # ** the last row **
 
+
 def double_last_row(stage: Stage) -> None:
-    """Behind a cut the row that predicts is computed twice: one row against a matrix becomes a sum that Myelin cannot build over a length that is
+    """Behind a cut the row that predicts is computed twice: one row against a matrix becomes a sum that Myelin cannot build over a length
+    that is
     a difference ("CHECK(is_const())"); two rows are a matrix product, which reads the same weights once."""
     ids = next((n for n in stage.graph.nodes if n.op == "placeholder" and n.meta.get("name", n.name) == "input_ids"), None)
     last = [n for n in stage.graph.nodes if n.op == "call_function" and n.target is LAST]
@@ -302,6 +328,7 @@ def double_last_row(stage: Stage) -> None:
 
 
 # ** the cache, token-major **
+
 
 def token_major(stage: Stage) -> None:
     """past_k, past_v [B, G, P, D] -> [B, P, G, D] at the inputs, and new rows likewise at the outputs."""

@@ -1,7 +1,9 @@
 """Torch-TensorRT: the rewritten stages compiled by its dynamo frontend; what TensorRT cannot take stays in torch.
 
-It needs CUDA torch and a GPU both to build and to run. The graphs are those of the `trt` target (narrowed, attention and cache respelt), so that
-decode attention folds the same way; dialect ops become their reference bodies first. Components are exported programs (`.pt2`) with engines inside.
+It needs CUDA torch and a GPU both to build and to run. The graphs are those of the `trt` target (narrowed, attention and cache respelt),
+so that
+decode attention folds the same way; dialect ops become their reference bodies first. Components are exported programs (`.pt2`) with
+engines inside.
 """
 
 from __future__ import annotations
@@ -19,7 +21,19 @@ if TYPE_CHECKING:
     from ...graph.program import Program, Stage
     from ..artifact import Artifact
 
-SHARED = ("precision", "residual", "batch", "images", "text", "visual", "sequence", "past", "new_tokens", "workspace_mb", "optimization_level")
+SHARED = (
+    "precision",
+    "residual",
+    "batch",
+    "images",
+    "text",
+    "visual",
+    "sequence",
+    "past",
+    "new_tokens",
+    "workspace_mb",
+    "optimization_level",
+)
 DEFAULTS = {name: TRT_DEFAULTS[name] for name in SHARED} | {"min_block_size": 5}
 
 
@@ -63,7 +77,12 @@ class TorchTensorRT(Backend):
             inputs = [_input(torch_tensorrt, stage, n, shapes[n]) for n in stage.inputs]
             compiled = torch_tensorrt.dynamo.compile(exported, arg_inputs=inputs, **compile_settings(parsed, settings))
             file = f"components/{name}.pt2"
-            torch_tensorrt.save(compiled, str(folder / file), output_format="exported_program", arg_inputs=[_example(stage, n, shapes[n]) for n in stage.inputs])
+            torch_tensorrt.save(
+                compiled,
+                str(folder / file),
+                output_format="exported_program",
+                arg_inputs=[_example(stage, n, shapes[n]) for n in stage.inputs],
+            )
             components[name] = describe(stage, shapes, file, parsed.precision, torch_tensorrt.__version__)
         return components
 
@@ -88,8 +107,12 @@ class TorchTensorRT(Backend):
 def compile_settings(parsed: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What Torch-TensorRT is told. Types are in the graph already."""
     told: dict[str, Any] = {
-        "use_explicit_typing": True, "min_block_size": settings["min_block_size"], "truncate_double": True, "require_full_compilation": False,
-        "offload_module_to_cpu": False, "immutable_weights": True,
+        "use_explicit_typing": True,
+        "min_block_size": settings["min_block_size"],
+        "truncate_double": True,
+        "require_full_compilation": False,
+        "offload_module_to_cpu": False,
+        "immutable_weights": True,
     }
     if parsed.workspace_mb:
         told["workspace_size"] = parsed.workspace_mb << 20
@@ -106,12 +129,16 @@ def export_stage(stage: Stage, shapes: Mapping[str, Any]) -> Any:
 
     plain = expand(with_sdpa(stage), _AllButDialect())
     examples = tuple(_example(plain, n, shapes[n]) for n in plain.inputs)
-    dynamic = tuple({axis: torch.export.Dim.DYNAMIC for axis, (a, b) in enumerate(zip(shapes[n][0], shapes[n][2], strict=True)) if a != b} for n in plain.inputs)
+    dynamic = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, (a, b) in enumerate(zip(shapes[n][0], shapes[n][2], strict=True)) if a != b}
+        for n in plain.inputs
+    )
     return torch.export.export(plain.module, examples, dynamic_shapes=dynamic, strict=False)
 
 
 def with_sdpa(stage: Stage) -> Stage:
-    """The attention nodes that respelling kept (causal or an additive mask, nothing else) as torch's own, which has a TensorRT converter."""
+    """The attention nodes that respelling kept (causal or an additive mask, nothing else) as torch's own, which has a TensorRT
+    converter."""
     import torch
 
     from ...graph.retype import retype
@@ -122,7 +149,9 @@ def with_sdpa(stage: Stage) -> Stage:
         q, k, v, mask, _q_pos, _k_pos, scale, causal, _window, _softcap, _layer = node.args
         grouped = q.meta["val"].shape[1] != k.meta["val"].shape[1]
         with stage.graph.inserting_before(node):
-            y = stage.graph.call_function(aten.scaled_dot_product_attention.default, (q, k, v, mask, 0.0, causal), {"scale": scale, "enable_gqa": grouped})
+            y = stage.graph.call_function(
+                aten.scaled_dot_product_attention.default, (q, k, v, mask, 0.0, causal), {"scale": scale, "enable_gqa": grouped}
+            )
             y = stage.graph.call_function(aten.transpose.int, (y, 1, 2))
         node.replace_all_uses_with(y)
         stage.graph.erase_node(node)
@@ -154,7 +183,11 @@ def _example(stage: Stage, name: str, shapes: Any) -> Any:
 def _input(torch_tensorrt: Any, stage: Stage, name: str, shapes: Any) -> Any:
     dtype = stage.placeholder(name).meta["val"].dtype
     low, opt, high = shapes
-    return torch_tensorrt.Input(shape=opt, dtype=dtype) if low == high else torch_tensorrt.Input(min_shape=low, opt_shape=opt, max_shape=high, dtype=dtype)
+    return (
+        torch_tensorrt.Input(shape=opt, dtype=dtype)
+        if low == high
+        else torch_tensorrt.Input(min_shape=low, opt_shape=opt, max_shape=high, dtype=dtype)
+    )
 
 
 def describe(stage: Stage, shapes: Mapping[str, Any], file: str, precision: str, version: str) -> dict[str, Any]:
@@ -165,7 +198,11 @@ def describe(stage: Stage, shapes: Mapping[str, Any], file: str, precision: str,
         return {"name": name, "dtype": str(val.dtype).removeprefix("torch."), "shape": [s if isinstance(s, int) else -1 for s in val.shape]}
 
     return {
-        "file": file, "precision": precision, "version": version, "compute_capability": _gpu(), "token_major": True,
+        "file": file,
+        "precision": precision,
+        "version": version,
+        "compute_capability": _gpu(),
+        "token_major": True,
         "inputs": [row(n, stage.placeholder(n).meta["val"]) for n in stage.inputs],
         "outputs": [row(n, node.meta["val"]) for n, node in stage.output_nodes.items()],
         "profile": {n: [list(s) for s in shapes[n]] for n in stage.inputs},

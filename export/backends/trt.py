@@ -1,9 +1,11 @@
 """TensorRT-RTX and TensorRT: one engine per stage, strongly typed, built from the same ONNX that ONNX Runtime can check on a CPU.
 
-    tensorrt-rtx    builds real engines with no GPU, for the compute capability that is asked for; the last compilation happens on the target
+    tensorrt-rtx    builds real engines with no GPU, for the compute capability that is asked for; the last compilation happens on the
+    target
     tensorrt        the same API where classic TensorRT is installed; it builds for the GPU at hand
 
-The files beside this one: `_trt_options` (options, shape ranges), `_trt_limits` (what to say before building), `_trt_spelling` (attention and
+The files beside this one: `_trt_options` (options, shape ranges), `_trt_limits` (what to say before building), `_trt_spelling` (attention
+and
 cache as TensorRT fuses them), `_trt_build` (ONNX to plan), `_trt_engine` (running it).
 """
 
@@ -27,8 +29,19 @@ if TYPE_CHECKING:
     from ._trt_options import TrtOptions
 
 DEFAULTS = {  # as in TrtOptions; written out so that listing targets needs no torch
-    "precision": "float16", "residual": "float32", "compute_capability": "8.9", "batch": 1, "images": None, "text": None, "visual": None,
-    "sequence": None, "past": None, "new_tokens": 512, "workspace_mb": 0, "optimization_level": None, "timing_cache": None,
+    "precision": "float16",
+    "residual": "float32",
+    "compute_capability": "8.9",
+    "batch": 1,
+    "images": None,
+    "text": None,
+    "visual": None,
+    "sequence": None,
+    "past": None,
+    "new_tokens": 512,
+    "workspace_mb": 0,
+    "optimization_level": None,
+    "timing_cache": None,
 }
 REPORT = "reports/engines.json"
 WEIGHTS = "weights.bin"
@@ -78,8 +91,14 @@ class _TensorRT(Backend):
             plan, report = build(trt, self.name, request, parsed, capability)
             (target / f"{request.stage}.engine").write_bytes(memoryview(plan))
             components[request.stage] = {
-                "file": f"components/{request.stage}.engine", "inputs": report.inputs, "outputs": report.outputs, "profile": report.profile,
-                "compute_capability": capability, "version": report.version, "precision": parsed.precision, "token_major": True,
+                "file": f"components/{request.stage}.engine",
+                "inputs": report.inputs,
+                "outputs": report.outputs,
+                "profile": report.profile,
+                "compute_capability": capability,
+                "version": report.version,
+                "precision": parsed.precision,
+                "token_major": True,
             }
             reports.append(report)
         (folder / REPORT).parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +183,9 @@ class TensorRT(_TensorRT):
     install = "pip install 'foveate[tensorrt]'"
 
     def available(self) -> str | None:
-        return super().available() or (None if _gpu() else "classic TensorRT builds on the GPU that will run the engine, and this machine has none")
+        return super().available() or (
+            None if _gpu() else "classic TensorRT builds on the GPU that will run the engine, and this machine has none"
+        )
 
     def _capability(self, options: TrtOptions) -> tuple[str, list[str]]:
         """The GPU's own; asking for another one is refused."""
@@ -173,7 +194,9 @@ class TensorRT(_TensorRT):
         here = _gpu()
         want = canonical(options.compute_capability)
         if here is None:
-            return want, ["classic TensorRT builds on the GPU that will run the engine, and this machine has none; tensorrt-rtx builds without"]
+            return want, [
+                "classic TensorRT builds on the GPU that will run the engine, and this machine has none; tensorrt-rtx builds without"
+            ]
         if want != here and options.compute_capability != DEFAULTS["compute_capability"]:
             return here, [f"classic TensorRT builds for the GPU at hand ({here}), not for {want}"]
         return here, []

@@ -85,7 +85,9 @@ def large() -> tuple[Large, Program]:
     ids = torch.arange(10).reshape(2, 5)
     exported = torch.export.export(model, (ids,), dynamic_shapes=({0: Dim("B", min=1, max=64), 1: Dim("S", min=2, max=64)},))
     facts = Facts(model_type="large", image_token_id=9, eos_token_ids=(0,), vocab_size=12, hidden_size=64, layers=1, layer_path="x")
-    return model, Program({"prefill": from_exported(exported, ["input_ids"], ["logits"])}, facts, [], example={"prefill": {"input_ids": ids}})
+    return model, Program(
+        {"prefill": from_exported(exported, ["input_ids"], ["logits"])}, facts, [], example={"prefill": {"input_ids": ids}}
+    )
 
 
 def test_islands_keep_large_activations_finite():
@@ -93,7 +95,9 @@ def test_islands_keep_large_activations_finite():
     ids = program.example["prefill"]["input_ids"]
     want = program["prefill"].run({"input_ids": ids})["logits"]
     naive = large()[0].half()(ids)[0].float()  # squares are inf, their reciprocal root 0: the norm erases everything
-    assert not (naive - want).abs().max() < 0.5 * want.abs().max(), "the case must be one that plain float16 cannot compute, or it shows nothing"
+    assert not (naive - want).abs().max() < 0.5 * want.abs().max(), (
+        "the case must be one that plain float16 cannot compute, or it shows nothing"
+    )
     got = to_precision(program, "float16")["prefill"].run({"input_ids": ids})["logits"]
     assert got.isfinite().all()
     assert (got - want).abs().max() <= 2e-2 * want.abs().max()  # a few times float16's roundoff over four layers
@@ -103,10 +107,18 @@ def test_statistics_and_tables_are_computed_wide():
     _, program = large()
     for case in (program, toy(2)):
         narrow = to_precision(case, "float16")
-        wide = {n.name: kind(n) for s in narrow.stages.values() for n in s.graph.nodes
-                if n.op == "call_function" and kind(n) in ("pow", "mean", "rsqrt", "cos", "silu", "softmax") and n.meta["val"].dtype != torch.float32}
+        wide = {
+            n.name: kind(n)
+            for s in narrow.stages.values()
+            for n in s.graph.nodes
+            if n.op == "call_function"
+            and kind(n) in ("pow", "mean", "rsqrt", "cos", "silu", "softmax")
+            and n.meta["val"].dtype != torch.float32
+        }
         assert not wide
-        products = [n.meta["val"].dtype for s in narrow.stages.values() for n in s.graph.nodes if n.op == "call_function" and kind(n) == "linear"]
+        products = [
+            n.meta["val"].dtype for s in narrow.stages.values() for n in s.graph.nodes if n.op == "call_function" and kind(n) == "linear"
+        ]
         assert products and set(products) == {torch.float16}
 
 
@@ -114,8 +126,11 @@ def test_a_half_residual_is_narrow_between_layers():
     adds = {}
     for residual in ("float32", "half"):
         narrow = to_precision(toy(2), "float16", residual)
-        adds[residual] = {n.meta["val"].dtype for n in narrow["prefill"].graph.nodes
-                          if n.op == "call_function" and kind(n) == "add" and tuple(n.meta["val"].shape)[-1] == WIDTH}
+        adds[residual] = {
+            n.meta["val"].dtype
+            for n in narrow["prefill"].graph.nodes
+            if n.op == "call_function" and kind(n) == "add" and tuple(n.meta["val"].shape)[-1] == WIDTH
+        }
     assert adds == {"float32": {torch.float32}, "half": {torch.float16}}
 
 
@@ -150,10 +165,13 @@ def test_a_model_captured_in_bfloat16_becomes_float16():
     assert (got - want).abs().max() <= 2e-2 * want.abs().max()  # the reference itself is bfloat16
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("int8",), r"precision: 'int8' is none of \['float32', 'float16', 'bfloat16'\]"),
-    (("float16", "double"), r"residual='double' is none of \['float32', 'half'\]"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("int8",), r"precision: 'int8' is none of \['float32', 'float16', 'bfloat16'\]"),
+        (("float16", "double"), r"residual='double' is none of \['float32', 'half'\]"),
+    ],
+)
 def test_unknown_precisions_are_refused(arguments, message):
     with pytest.raises(LowerError, match=message):
         to_precision(toy(2), *arguments)

@@ -8,8 +8,8 @@ from helpers import toy
 
 from foveate.export.artifact import Artifact
 from foveate.export.backends import find
-from foveate.export.backends.torch_trt import _example, compile_settings, export_stage
 from foveate.export.backends._trt_options import TrtOptions, axis_ranges
+from foveate.export.backends.torch_trt import _example, compile_settings, export_stage
 from foveate.export.backends.trt import prepare, profile_shapes
 from foveate.export.errors import LowerError
 
@@ -37,7 +37,12 @@ def test_exported_stages_know_aten_only_and_say_the_same(prepared, stage):
 
 def test_settings_follow_the_options():
     told = compile_settings(TrtOptions(workspace_mb=64, optimization_level=2), {"min_block_size": 7})
-    assert told["use_explicit_typing"] and told["min_block_size"] == 7 and told["workspace_size"] == 64 << 20 and told["optimization_level"] == 2
+    assert (
+        told["use_explicit_typing"]
+        and told["min_block_size"] == 7
+        and told["workspace_size"] == 64 << 20
+        and told["optimization_level"] == 2
+    )
 
 
 def test_without_the_package_or_a_gpu_it_says_so(monkeypatch, tmp_path):

@@ -23,7 +23,9 @@ def test_the_listed_defaults_are_those_of_the_options():
     assert trt_backend.DEFAULTS == {f.name: f.default for f in fields(TrtOptions)}
 
 
-@pytest.mark.parametrize("given, want", [(4, (4, 4, 4)), ("1:64:512", (1, 64, 512)), ([2, 3, 3], (2, 3, 3)), (None, None), ("7", (7, 7, 7))])
+@pytest.mark.parametrize(
+    "given, want", [(4, (4, 4, 4)), ("1:64:512", (1, 64, 512)), ([2, 3, 3], (2, 3, 3)), (None, None), ("7", (7, 7, 7))]
+)
 def test_ranges(given, want):
     assert as_range("text", given) == want
 
@@ -73,6 +75,7 @@ def test_every_input_of_every_stage_has_a_range():
 
 # ** limits known before building **
 
+
 class Selecting(nn.Module):
     def __init__(self, k):
         super().__init__()
@@ -87,7 +90,9 @@ def program_of(module, *inputs, names=("input_ids",)):
     return Program({"prefill": from_exported(exported, list(names), ["logits"])}, toy(2).facts, [])
 
 
-@pytest.mark.parametrize("k, said", [(3840, []), (3841, ["prefill: topk: top-k of 3841; TensorRT's limit is 3840: keep fewer tokens here"])])
+@pytest.mark.parametrize(
+    "k, said", [(3840, []), (3841, ["prefill: topk: top-k of 3841; TensorRT's limit is 3840: keep fewer tokens here"])]
+)
 def test_the_limit_of_topk(k, said):
     assert limits(program_of(Selecting(k), torch.zeros(1, 4000, dtype=torch.int64)), TrtOptions()) == said
 
@@ -105,7 +110,8 @@ def test_bytes_and_data_dependent_sizes_are_named():
 
 def test_bfloat16_on_turing_is_named():
     assert limits(toy(2), TrtOptions(precision="bfloat16", compute_capability="7.5")) == [
-        "bfloat16 needs compute capability 8.0; 7.5 has none, use precision=float16"]
+        "bfloat16 needs compute capability 8.0; 7.5 has none, use precision=float16"
+    ]
 
 
 @pytest.mark.rtx
@@ -137,9 +143,14 @@ def test_classic_tensorrt_wants_the_gpu_that_runs_the_engine(monkeypatch):
 
 # ** refusals at run time: no GPU needed to refuse **
 
+
 @pytest.fixture
 def artifact(tmp_path):
-    profile = {"input_ids": [[1, 7], [1, 70], [1, 1048]], "image_features": [[1, 6, 4], [1, 6, 4], [1, 24, 4]], "position_ids": [[3, 1, 7], [3, 1, 70], [3, 1, 1048]]}
+    profile = {
+        "input_ids": [[1, 7], [1, 70], [1, 1048]],
+        "image_features": [[1, 6, 4], [1, 6, 4], [1, 24, 4]],
+        "position_ids": [[3, 1, 7], [3, 1, 70], [3, 1, 1048]],
+    }
     component = {"file": "components/prefill.engine", "compute_capability": "8.9", "version": "1.7.1", "profile": profile}
     return Artifact(tmp_path, {"model": "my/model", "components": {"prefill": component}})
 
@@ -148,24 +159,38 @@ def test_a_matching_machine_is_not_refused(artifact):
     refuse(artifact, "tensorrt-rtx", "1.7.1", "8.9")
 
 
-@pytest.mark.parametrize("version, gpu, message", [
-    ("1.7.1", None, r"prefill\.engine needs an NVIDIA GPU of compute capability 8\.9, and torch sees none here .*--target ort"),
-    ("1.7.1", "8.6", r"built for compute capability 8\.9, this GPU has 8\.6; rebuild: foveate optimize my/model --recipe .* --target tensorrt-rtx --option compute_capability=8\.6"),
-    ("1.8.0", "8.9", r"built by version 1\.7\.1, installed is 1\.8\.0; install that one, or rebuild: foveate optimize my/model"),
-])
+@pytest.mark.parametrize(
+    "version, gpu, message",
+    [
+        ("1.7.1", None, r"prefill\.engine needs an NVIDIA GPU of compute capability 8\.9, and torch sees none here .*--target ort"),
+        (
+            "1.7.1",
+            "8.6",
+            r"built for compute capability 8\.9, this GPU has 8\.6; rebuild: foveate optimize my/model --recipe .* --target "
+            r"tensorrt-rtx --option compute_capability=8\.6",
+        ),
+        ("1.8.0", "8.9", r"built by version 1\.7\.1, installed is 1\.8\.0; install that one, or rebuild: foveate optimize my/model"),
+    ],
+)
 def test_another_machine_is_refused_with_the_way_out(artifact, version, gpu, message):
     with pytest.raises(LowerError, match=message):
         refuse(artifact, "tensorrt-rtx", version, gpu)
 
 
-@pytest.mark.parametrize("shapes, message", [
-    ({"input_ids": (1, 2000)}, r"input_ids has size 2000 in dimension 1, this engine takes 7 to 1048; rebuild: .*--option sequence=7:70:2000"),
-    ({"input_ids": (3, 70)}, r"input_ids has size 3 in dimension 0, this engine takes 1 to 1; rebuild: .*--option batch=1:1:3"),
-    ({"position_ids": (3, 1, 5)}, r"position_ids has size 5 in dimension 2, .*--option sequence=5:70:1048"),
-    ({"image_features": (1, 30, 4)}, r"image_features has size 30 .*--option visual=6:6:30"),
-    ({"image_features": (1, 6, 5)}, r"image_features has size 5 in dimension 2, this engine takes 4 to 4$"),
-    ({"input_ids": (70,)}, r"input_ids has shape \[70\], expected 2 dimensions"),
-])
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        (
+            {"input_ids": (1, 2000)},
+            r"input_ids has size 2000 in dimension 1, this engine takes 7 to 1048; rebuild: .*--option sequence=7:70:2000",
+        ),
+        ({"input_ids": (3, 70)}, r"input_ids has size 3 in dimension 0, this engine takes 1 to 1; rebuild: .*--option batch=1:1:3"),
+        ({"position_ids": (3, 1, 5)}, r"position_ids has size 5 in dimension 2, .*--option sequence=5:70:1048"),
+        ({"image_features": (1, 30, 4)}, r"image_features has size 30 .*--option visual=6:6:30"),
+        ({"image_features": (1, 6, 5)}, r"image_features has size 5 in dimension 2, this engine takes 4 to 4$"),
+        ({"input_ids": (70,)}, r"input_ids has shape \[70\], expected 2 dimensions"),
+    ],
+)
 def test_inputs_outside_the_profile_are_refused_with_the_way_out(artifact, shapes, message):
     with pytest.raises(LowerError, match=message):
         outside(artifact, "tensorrt-rtx", "prefill", shapes)

@@ -1,4 +1,5 @@
-"""Attention and cache as TensorRT gets them: the same numbers as the captured graphs, on eager and on ONNX Runtime, and kernels that fuse."""
+"""Attention and cache as TensorRT gets them: the same numbers as the captured graphs, on eager and on ONNX Runtime, and kernels that
+fuse."""
 
 import json
 
@@ -48,7 +49,12 @@ def prompt(llava):
     ids = torch.tensor([[1, 20, *[llava.facts.image_token_id] * IMAGE_TOKENS, 30, 31, 32, 33]])
     pixels = torch.randn(1, 3, 32, 32)
     features = llava["vision"].run({"pixel_values": pixels})["image_features"].detach()
-    return {"input_ids": ids, "image_features": features[None], "position_ids": torch.arange(ids.shape[1])[None], "attention_mask": torch.ones_like(ids)}
+    return {
+        "input_ids": ids,
+        "image_features": features[None],
+        "position_ids": torch.arange(ids.shape[1])[None],
+        "attention_mask": torch.ones_like(ids),
+    }
 
 
 def narrowed(stage, feeds):
@@ -144,7 +150,12 @@ def test_the_toy_agrees_in_float32_after_a_cut(recipe):
     if recipe:
         run(program, load(recipe))
     ids = torch.tensor([[1, *[IMAGE] * 6, 2, 3, 4]])
-    feeds = {"input_ids": ids, "image_features": torch.randn(1, 6, 4), "position_ids": torch.arange(10)[None], "attention_mask": torch.ones_like(ids)}
+    feeds = {
+        "input_ids": ids,
+        "image_features": torch.randn(1, 6, 4),
+        "position_ids": torch.arange(10)[None],
+        "attention_mask": torch.ones_like(ids),
+    }
     want = program["prefill"].run(feeds)
     spelt = to_precision(program, "float32")
     respell(spelt, batch_one=True)
@@ -152,6 +163,7 @@ def test_the_toy_agrees_in_float32_after_a_cut(recipe):
 
 
 # ** real engines, built without a GPU **
+
 
 @pytest.mark.rtx
 def test_engines_of_all_stages_and_what_they_contain(llava, tmp_path):
@@ -174,7 +186,9 @@ def test_engines_of_all_stages_and_what_they_contain(llava, tmp_path):
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize("recipe", [[{"drop-fastv": {"layer": 1, "keep": 16}}], [{"prune-vision-cls": {"keep": 16}}]], ids=["inside", "before"])
+@pytest.mark.parametrize(
+    "recipe", [[{"drop-fastv": {"layer": 1, "keep": 16}}], [{"prune-vision-cls": {"keep": 16}}]], ids=["inside", "before"]
+)
 def test_reduced_programs_build(llava, recipe, tmp_path):
     """Index computation of a cut (top-k, running sum, scatter, gathers) and lengths that are differences (S - N + K)."""
     program = llava.clone()
