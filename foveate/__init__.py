@@ -12,7 +12,8 @@ Errors, all with one clear sentence:
     ├── GraphError      a model cannot be captured, or a program breaks an invariant
     ├── PassError       a pass or a recipe is unknown, wrong, or does not apply
     ├── LowerError      a program cannot be lowered, or an artifact is damaged
-    └── RunError        a request cannot be served: picture, prompt, option, machine
+    ├── RunError        a request cannot be served: picture, prompt, option, machine
+    └── GateError       a verdict cannot be reached: items that do not match, an impossible demand
 
 Names are looked up when they are used (PEP 562), so `import foveate` is instant and needs no torch.
 """
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .passes.base import PassError
     from .plugins import load_plugin
     from .report import Report
-    from .runtime.errors import RunError
+    from .runtime.errors import GateError, RunError
     from .runtime.result import Generation
     from .runtime.session import Session, load
 
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "FoveateError": ".graph.errors",
+    "GateError": ".runtime.errors",
     "Generation": ".runtime.result",
     "GraphError": ".graph.errors",
     "LowerError": ".export.errors",
@@ -53,6 +55,7 @@ _HOME = {
 
 __all__ = [
     "FoveateError",
+    "GateError",
     "Generation",
     "GraphError",
     "LowerError",

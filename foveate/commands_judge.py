@@ -26,6 +26,8 @@ Json = Annotated[bool, typer.Option("--json", help="machine-readable result on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 Work = Annotated[Path, typer.Option("--work", help="folder of the per-item results; an interrupted run goes on from there")]
 
+GAP_ITEMS = 32  # on which the log-likelihood gap is measured
+
 
 def register(app: typer.Typer) -> None:
     for name, command in (("eval", evaluate), ("gate", gate), ("report", report), ("bisect", bisect)):
@@ -287,10 +289,10 @@ class _Found:
 
 
 def _write_outputs(found: _Found, junit: Path | None, metrics: Path | None, summary: Path | None, html: Path | None, as_json: bool) -> None:
-    from .runtime import agreement, outputs
+    from .runtime import outputs
 
     verdict = found.verdict
-    agreed = agreement.compare(found.baseline, found.candidate) if any(r.answers for r in found.candidate.results.values()) else None
+    agreed = _agreed(found.a, found.b, found.baseline, found.candidate, found.items)
     texts = {junit: outputs.junit(verdict), metrics: outputs.metrics_json(verdict, agreed), summary: outputs.markdown(verdict, agreed)}
     for path, text in texts.items():
         if path is not None:
@@ -335,6 +337,18 @@ def _write_outputs(found: _Found, junit: Path | None, metrics: Path | None, summ
         _say(outputs.text(verdict, agreed))
 
 
+def _agreed(a: Side, b: Side, base: Any, cand: Any, items: Sequence[Any]) -> Any:
+    """The label-free figures; the log-likelihood gap needs both models at hand and --logits, and takes the first items."""
+    from .runtime import agreement
+
+    if not any(r.answers for r in cand.results.values()):
+        return None
+    asked = any(r.first for r in cand.results.values())
+    live = a.session is not None and b.session is not None and asked
+    gap = agreement.likelihood_gap(b.session, a.session, list(items)[:GAP_ITEMS])[0] if live else None
+    return agreement.compare(base, cand, gap)
+
+
 def _manifest(side: Side) -> Mapping[str, Any]:
     return side.session.manifest if side.session is not None else {}
 
@@ -359,7 +373,6 @@ def report(
 
     Exit code 0 whatever the verdicts.
     """
-    from .runtime import agreement
     from .runtime.evaluate import Settings
     from .runtime.gate import Rule
     from .runtime.report import Comparison, render
@@ -374,7 +387,7 @@ def report(
             filled = _filled(inputs, a, b)
             timed = _timed(a, b, filled, rule, quiet) if time and a.session is not None and b.session is not None else None
             verdict, (base, cand) = _judged(a, b, filled, rule, None)
-            agreed = agreement.compare(base, cand)
+            agreed = _agreed(a, b, base, cand, inputs.items)
             found.append(
                 Comparison(a.name, b.name, verdict, cand, base, agreed, timed, _manifest(a), _manifest(b), tuple(inputs.items), a.session)
             )

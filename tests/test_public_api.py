@@ -5,7 +5,7 @@ import inspect
 import foveate
 import pytest
 
-PUBLIC = ["FoveateError", "Generation", "GraphError", "LowerError", "OptimizedModel", "PassError", "Report", "RunError", "Session", "forecast", "load",
+PUBLIC = ["FoveateError", "GateError", "Generation", "GraphError", "LowerError", "OptimizedModel", "PassError", "Report", "RunError", "Session", "forecast", "load",
           "load_plugin", "optimize_model"]
 
 
@@ -22,7 +22,7 @@ def test_an_unknown_name_says_what_there_is():
 
 
 def test_the_error_tree():
-    for name in ("GraphError", "PassError", "LowerError", "RunError"):
+    for name in ("GraphError", "PassError", "LowerError", "RunError", "GateError"):
         assert getattr(foveate, name).__bases__ == (foveate.FoveateError,)
 
 

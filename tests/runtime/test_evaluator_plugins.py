@@ -123,4 +123,4 @@ def test_the_entry_points_exist():
 
     points = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]["entry-points"]
     assert points["lmms_eval.models"]["foveate"] == "foveate.runtime.lmms_eval_model:manifest"
-    assert points["pytest11"]["foveate"] == "foveate.runtime.pytest_plugin"
+    assert points["pytest11"]["foveate"] == "foveate.pytest_plugin"

@@ -163,3 +163,10 @@ def test_plan(artifacts, capsys):
 def test_wrong_usage(artifacts, data, arguments, message, capsys):
     assert run(*arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_agreement_figures_with_log_probabilities(artifacts, data, capsys):
+    run("gate", "bad", "-b", "base", "-d", data, "-q", "--logits", "--json", "--limit", 97)
+    found = json.loads(capsys.readouterr().out)["agreement"]
+    assert found["items"] == 97 and found["same_answers"] == found["same_first_token"] == pytest.approx(60 / 97)
+    assert found["first_token_kl"] > 0 and found["likelihood_gap"] > 0

@@ -52,7 +52,7 @@ def foveate_gate() -> Callable[..., Outcome]:
 
 def gate(candidate: str | Path, *, baseline: str | Path, data: str | Path | None = None, **options: Any) -> Outcome:
     """Run `foveate gate --json`; a wrong call or environment is a RuntimeError with its sentence."""
-    from ..cli import execute
+    from .cli import execute
 
     arguments = ["gate", str(candidate), "--baseline", str(baseline), "--json", "--quiet"]
     if data is not None:
