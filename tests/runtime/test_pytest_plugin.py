@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 
 def pytest_in(folder, *arguments):
-    command = [sys.executable, "-m", "pytest", "-p", "foveate.runtime.pytest_plugin", "-rA", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "foveate.pytest_plugin", "-rA", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
     )
