@@ -1,4 +1,5 @@
-"""Timing that survives a shared machine: candidates alternate within one loop, warm-up first, medians, and the ratio of each pair of neighbours."""
+"""Timing that survives a shared machine: candidates alternate within one loop, warm-up first, medians, and the ratio of each pair of
+neighbours."""
 
 from __future__ import annotations
 
@@ -44,10 +45,23 @@ def summary(times: list[float]) -> dict[str, float]:
 
 def machine(threads: int) -> dict[str, Any]:
     """Hardware and versions, for the record."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()) \
-        if Path("/proc/cpuinfo").exists() else platform.processor()
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "system": platform.system(), "python": platform.python_version(),
-            "load_average": round(os.getloadavg()[0], 2), **{p: version(p) for p in ("torch", "transformers", "onnx", "onnxruntime")}}
+    cpu = (
+        next(
+            (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+            platform.processor(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "load_average": round(os.getloadavg()[0], 2),
+        **{p: version(p) for p in ("torch", "transformers", "onnx", "onnxruntime")},
+    }
 
 
 def save(name: str, record: dict[str, Any]) -> Path:

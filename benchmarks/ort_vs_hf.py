@@ -3,7 +3,8 @@
     python -m benchmarks.ort_vs_hf [--shape testbed] [--threads 1] [--rounds 15]
 
 Goals: prefill >= 1.0x, decode >= 1.5x. Logits must agree before anything is timed. "generate" lines are whole calls of HF's generate:
-one new token (encoder, prefill), and the step time (T(1 + n) - T(1)) / n; "forward" lines are HF's bare modules without the generation loop.
+one new token (encoder, prefill), and the step time (T(1 + n) - T(1)) / n; "forward" lines are HF's bare modules without the generation
+loop.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from foveate.export.artifact import Artifact
 from foveate.export.backends import find
 from foveate.graph.capture import capture
@@ -37,7 +39,9 @@ def lower(program: Any, folder: Path, target: str = "ort", **options: Any) -> An
     backend = find(target)
     with Artifact.create(folder) as draft:
         components = backend.lower(program, draft.folder, options)
-        draft.manifest.update(target=target, facts=dataclasses.asdict(program.facts), kv=[dataclasses.asdict(e) for e in program.kv], components=components)
+        draft.manifest.update(
+            target=target, facts=dataclasses.asdict(program.facts), kv=[dataclasses.asdict(e) for e in program.kv], components=components
+        )
     return backend.open(Artifact.load(folder))
 
 
@@ -50,8 +54,12 @@ class Ours:
         ids = prompt["input_ids"].numpy()
         self.batch, self.length = ids.shape
         features = engine.vision(self.pixels)["image_features"]
-        self.feeds = {"input_ids": ids, "image_features": features.reshape(self.batch, -1, features.shape[-1]),
-                      "position_ids": np.arange(self.length)[None].repeat(self.batch, 0), "attention_mask": np.ones_like(ids)}
+        self.feeds = {
+            "input_ids": ids,
+            "image_features": features.reshape(self.batch, -1, features.shape[-1]),
+            "position_ids": np.arange(self.length)[None].repeat(self.batch, 0),
+            "attention_mask": np.ones_like(ids),
+        }
 
     def prefill(self) -> tuple[np.ndarray, Any]:
         outputs, cache = self.engine.prefill(self.feeds, self.length + STEPS + 1)
@@ -108,12 +116,22 @@ def compare(shape: Shape, threads: int, rounds: int) -> dict[str, Any]:
         times = alternate({"ours": ours.prefill, "forward": theirs.prefill}, rounds)
         first = alternate({"ours": ours.first, "generate": lambda: theirs.generate(1)}, rounds)
         decode = _decode(ours, theirs, rounds)
-    ratios = {"prefill": ratio(times["forward"], times["ours"]), "first_token": ratio(first["generate"], first["ours"]),
-              "decode": ratio(decode["generate"], decode["ours"]), "decode_vs_forward": ratio(decode["forward"], decode["ours"])}
-    return {"shape": dataclasses.asdict(shape), "agreement": agreement,
-            "prefill": {n: summary(t) for n, t in times.items()}, "first_token": {n: summary(t) for n, t in first.items()},
-            "decode_step": {n: summary(t) for n, t in decode.items()}, "ratio": {n: round(r, 3) for n, r in ratios.items()},
-            "goal": GOALS, "met": {n: ratios[n] >= g for n, g in GOALS.items()}}
+    ratios = {
+        "prefill": ratio(times["forward"], times["ours"]),
+        "first_token": ratio(first["generate"], first["ours"]),
+        "decode": ratio(decode["generate"], decode["ours"]),
+        "decode_vs_forward": ratio(decode["forward"], decode["ours"]),
+    }
+    return {
+        "shape": dataclasses.asdict(shape),
+        "agreement": agreement,
+        "prefill": {n: summary(t) for n, t in times.items()},
+        "first_token": {n: summary(t) for n, t in first.items()},
+        "decode_step": {n: summary(t) for n, t in decode.items()},
+        "ratio": {n: round(r, 3) for n, r in ratios.items()},
+        "goal": GOALS,
+        "met": {n: ratios[n] >= g for n, g in GOALS.items()},
+    }
 
 
 def _agreement(ours: Ours, theirs: Theirs) -> dict[str, Any]:
@@ -160,7 +178,10 @@ def main() -> None:
     record = {"machine": machine(options.threads), "shapes": {}}
     for name in chosen:
         found = record["shapes"][name] = compare(SHAPES[name], options.threads, options.rounds)
-        print(f"{name}: " + "  ".join(f"{k} {v:.2f}x" + (f" (goal {GOALS[k]})" if k in GOALS else "") for k, v in found["ratio"].items()), flush=True)
+        print(
+            f"{name}: " + "  ".join(f"{k} {v:.2f}x" + (f" (goal {GOALS[k]})" if k in GOALS else "") for k, v in found["ratio"].items()),
+            flush=True,
+        )
         for part in ("prefill", "first_token", "decode_step"):
             print(f"    {part:12s}" + "  ".join(f"{n} {t['median_ms']:.2f} ms" for n, t in found[part].items()), flush=True)
     print(save(f"ort_vs_hf_{options.threads}_threads", record).name)

@@ -1,4 +1,5 @@
-"""The folder that `foveate optimize` leaves: written whole or not at all, verified when loaded. JSON, ONNX, safetensors, npz: nothing that can run code."""
+"""The folder that `foveate optimize` leaves: written whole or not at all, verified when loaded. JSON, ONNX, safetensors, npz: nothing
+that can run code."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ class Draft:
         self.manifest["format"] = FORMAT
         self.manifest["files"] = {
             p.relative_to(self.folder).as_posix(): {"sha256": _sha256(p), "bytes": p.stat().st_size}
-            for p in sorted(self.folder.rglob("*")) if p.is_file() and p.name != MANIFEST
+            for p in sorted(self.folder.rglob("*"))
+            if p.is_file() and p.name != MANIFEST
         }
         missing = [key for key in REQUIRED if key not in self.manifest]
         if missing:

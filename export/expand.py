@@ -46,7 +46,10 @@ def _unknown(stage: Stage, known: Collection[Any]) -> list[Node]:
 def _expand(stage: Stage, node: Node) -> None:
     body = REFERENCE.get(node.target) or _decomposition(node)  # type: ignore[arg-type]
     if body is None:
-        raise LowerError(f"expand: {_where(node)} has no lowering to ONNX and no decomposition; add an emitter for it in export/onnx_math.py or onnx_shape.py")
+        raise LowerError(
+            f"expand: {_where(node)} has no lowering to ONNX and no decomposition; "
+            f"add an emitter for it in export/onnx_math.py or onnx_shape.py"
+        )
     given = arguments(node) if node.target in REFERENCE else [*node.args, *node.kwargs.values()]
     count, names = len(node.args), list(node.kwargs)
 
@@ -58,7 +61,9 @@ def _expand(stage: Stage, node: Node) -> None:
     except LowerError:
         raise
     except Exception as cause:
-        raise LowerError(f"expand: {_where(node)} cannot be expanded at shapes {[_shape(a) for a in node.all_input_nodes]}: {cause}") from cause
+        raise LowerError(
+            f"expand: {_where(node)} cannot be expanded at shapes {[_shape(a) for a in node.all_input_nodes]}: {cause}"
+        ) from cause
     if isinstance(result, Node):
         node.replace_all_uses_with(result)
     else:

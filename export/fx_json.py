@@ -1,6 +1,7 @@
 """An FX graph over aten and the dialect as JSON, and back: how the eager backend stores graphs without pickle.
 
-Only operators of torch.ops.aten and torch.ops.foveate and plain size arithmetic can be named, so a stored graph can compute and nothing else.
+Only operators of torch.ops.aten and torch.ops.foveate and plain size arithmetic can be named, so a stored graph can compute and
+nothing else.
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ from .errors import LowerError
 
 NAMESPACES = ("aten", "foveate")
 PYTHON: dict[str, Callable[..., Any]] = {
-    **{f"operator.{n}": getattr(operator, n) for n in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "pow")},
+    **{
+        f"operator.{n}": getattr(operator, n)
+        for n in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "pow")
+    },
     **{f"torch.{n}": getattr(torch, n) for n in ("sym_max", "sym_min", "sym_float", "sym_int", "sym_not")},
-    "math.floor": math.floor, "math.ceil": math.ceil, "math.trunc": math.trunc,
+    "math.floor": math.floor,
+    "math.ceil": math.ceil,
+    "math.trunc": math.trunc,
 }
 NAMES = {function: name for name, function in PYTHON.items()}
 
@@ -77,8 +83,12 @@ def _encode(value: Any) -> Any:
     raise LowerError(f"fx_json: an argument of type {type(value).__name__} cannot be stored: {value!r}")
 
 
-def from_json(stored: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device,
-              replace: Mapping[OpOverload, Callable[..., Any]] | None = None) -> tuple[GraphModule, list[str], list[str]]:
+def from_json(
+    stored: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    replace: Mapping[OpOverload, Callable[..., Any]] | None = None,
+) -> tuple[GraphModule, list[str], list[str]]:
     """The graph as a module on `device`, the names of its inputs and outputs. replace: operators to run by another function."""
     graph = Graph()
     made: dict[str, Node] = {}
@@ -130,7 +140,7 @@ def _decode(value: Any, made: Mapping[str, Node], device: torch.device) -> Any:
         return [_decode(v, made, device) for v in value]
     if not isinstance(value, dict):
         return value
-    (kind, content), = value.items()
+    ((kind, content),) = value.items()
     if kind == "node":
         return made[content]
     if kind == "float":

@@ -14,9 +14,16 @@ from .errors import LowerError
 from .onnx_weights import WeightFile, raw_bytes
 
 DTYPES = {
-    torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16, torch.float64: TensorProto.DOUBLE,
-    torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32, torch.int16: TensorProto.INT16, torch.int8: TensorProto.INT8,
-    torch.uint8: TensorProto.UINT8, torch.bool: TensorProto.BOOL,
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.float64: TensorProto.DOUBLE,
+    torch.int64: TensorProto.INT64,
+    torch.int32: TensorProto.INT32,
+    torch.int16: TensorProto.INT16,
+    torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8,
+    torch.bool: TensorProto.BOOL,
 }
 INLINE = 1024  # bytes; a smaller initializer stays in the .onnx file
 END = 2**63 - 1  # "to the end" of a Slice
@@ -101,7 +108,12 @@ class Builder:
         """(target, type to write it in) if the node is a parameter, or the cast of one (how a precision pass narrows it); else None."""
         if isinstance(arg, Node) and arg.op == "get_attr":
             return str(arg.target), None
-        if isinstance(arg, Node) and arg.target is torch.ops.aten.to.dtype and isinstance(arg.args[0], Node) and arg.args[0].op == "get_attr":
+        if (
+            isinstance(arg, Node)
+            and arg.target is torch.ops.aten.to.dtype
+            and isinstance(arg.args[0], Node)
+            and arg.args[0].op == "get_attr"
+        ):
             return str(arg.args[0].target), arg.args[1]  # type: ignore[return-value]
         return None
 
@@ -109,7 +121,7 @@ class Builder:
         shape = [sum(p.shape[0] for p in parts), *parts[0].shape[1:]] if parts[0].dim() else []
         shape = shape[::-1] if transpose else shape
         size = sum(p.numel() * p.element_size() for p in parts)
-        if self.weights is None or size < INLINE and all(p.device.type != "meta" for p in parts):
+        if self.weights is None or (size < INLINE and all(p.device.type != "meta" for p in parts)):
             whole = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
             return self._inline(name, whole.t() if transpose else whole)
         offset, length = self.weights.place(parts, transpose, dtype)

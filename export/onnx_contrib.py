@@ -3,11 +3,13 @@
     RMSNorm, residual + RMSNorm     SimplifiedLayerNormalization, SkipSimplifiedLayerNormalization
     residual + LayerNorm            SkipLayerNormalization
     x cos + rotate_half(x) sin      RotaryEmbedding, on [B, S, H D]: no transposes
-    attention                       GroupQueryAttention (causal; keys and values written into the cache in place), MultiHeadAttention (not causal)
+    attention                       GroupQueryAttention (causal; keys and values written into the cache in place), MultiHeadAttention
+    (not causal)
     silu, x sigmoid(1.702 x)        QuickGelu
     linear with bias                Gemm on a flat view
 
-`Contrib(stage)` finds the patterns; `emitters` says which FX node is written by what. Nodes inside a pattern are still translated, and dropped when
+`Contrib(stage)` finds the patterns; `emitters` says which FX node is written by what. Nodes inside a pattern are still translated, and
+dropped when
 nothing reads them, so a pattern with other readers stays correct. Valid rows are a prefix of every row (the runtime pads on the right).
 """
 
@@ -115,10 +117,16 @@ class Contrib:
         if not call(node, aten.add.Tensor) or node in self.emitters or node.kwargs or not all(isinstance(a, Node) for a in node.args):
             return False
         shapes = [a.meta["val"].shape for a in (node, *node.args)]
-        return dtype(node) == F32 and len(shapes[0]) == 3 and all(len(s) == 3 and all(map(same, s, shapes[0])) for s in shapes[1:]) \
+        return (
+            dtype(node) == F32
+            and len(shapes[0]) == 3
+            and all(len(s) == 3 and all(map(same, s, shapes[0])) for s in shapes[1:])
             and all(dtype(a) == F32 for a in node.args)
+        )
 
-    def _write_skip(self, kind: str, norm: Node, weight: Node, bias: Node | None, eps: float, b: Builder, n: Node, x: Node, y: Node, *_: Any) -> str:
+    def _write_skip(
+        self, kind: str, norm: Node, weight: Node, bias: Node | None, eps: float, b: Builder, n: Node, x: Node, y: Node, *_: Any
+    ) -> str:
         made = b.op(kind, b(x), b(y), b(weight), b(bias) if bias is not None else None, domain=MS, outputs=4, epsilon=eps)
         self.normed[norm] = made[0]
         return made[3]
@@ -181,7 +189,11 @@ class Contrib:
             return self.flat[source]
         if call(source, aten.transpose.int) and {source.args[1] % 4, source.args[2] % 4} == {1, 2}:
             inner = plain(source.args[0])
-            if call(inner, aten.view.default, aten.reshape.default) and rank(inner.args[0]) == 3 and same(inner.args[0].meta["val"].shape[2], width):
+            if (
+                call(inner, aten.view.default, aten.reshape.default)
+                and rank(inner.args[0]) == 3
+                and same(inner.args[0].meta["val"].shape[2], width)
+            ):
                 return b(inner.args[0])
             return b.op("Reshape", b(inner), b.ints(0, 0, width))
         return b.op("Reshape", b.op("Transpose", b(x), perm=[0, 2, 1, 3]), b.ints(0, 0, width))
@@ -204,27 +216,49 @@ class Contrib:
     def _attention(self, node: Node) -> Emitter | None:
         if not call(node, foveate.attention.default) or dtype(node) != F32:
             return None
-        q, k, v, mask, q_pos, k_pos, _, causal, window, softcap, layer = node.args
+        q, k, v, mask, q_pos, k_pos, _, causal, window, softcap, _layer = node.args
         widths = {int(a.meta["val"].shape[3]) for a in (q, k, v)}
         if len(widths) != 1:
             return None
         if self.decode:
             return self._decode_attention(node) if not causal and not window and widths.pop() % 8 == 0 else None
-        if causal and widths.pop() % 8 == 0 and _ordered(q_pos, k_pos) and _prefix_mask(mask) and same(q.meta["val"].shape[2], k.meta["val"].shape[2]):
+        if (
+            causal
+            and widths.pop() % 8 == 0
+            and _ordered(q_pos, k_pos)
+            and _prefix_mask(mask)
+            and same(q.meta["val"].shape[2], k.meta["val"].shape[2])
+        ):
             return self._prefill_attention
         if not causal and mask is None and not softcap and same(q.meta["val"].shape[1], k.meta["val"].shape[1]):
             return self._free_attention
         return None
 
-    def _prefill_attention(self, b: Builder, n: Node, q: Node, k: Node, v: Node, mask: Node | None, q_pos: None, k_pos: None, scale: float,
-                           causal: bool, window: int, softcap: float, layer: int) -> str:
+    def _prefill_attention(
+        self,
+        b: Builder,
+        n: Node,
+        q: Node,
+        k: Node,
+        v: Node,
+        mask: Node | None,
+        q_pos: None,
+        k_pos: None,
+        scale: float,
+        causal: bool,
+        window: int,
+        softcap: float,
+        layer: int,
+    ) -> str:
         """The first rows of an empty cache. Rows beyond a sample's length are padding."""
         rows = b.dim(mask, 1) if mask is not None else b.dim_of(self.flatten(b, q), q.meta["val"].transpose(1, 2), 1)
         total = b.cast(rows, torch.int64, torch.int32)
         if mask is None:
             last = b.op("Expand", b.op("Sub", total, b.const([1], torch.int32)), b.dim(q, 0))
         else:
-            last = b.op("Sub", b.op("ReduceSum", b.cast(b(mask), torch.bool, torch.int32), b.ints(1), keepdims=0), b.const([1], torch.int32))
+            last = b.op(
+                "Sub", b.op("ReduceSum", b.cast(b(mask), torch.bool, torch.int32), b.ints(1), keepdims=0), b.const([1], torch.int32)
+            )
             last = b.op("Max", last, b.const([0], torch.int32))
         past = self._cache(b, k, v, layer)
         return self._group_query(b, n, q, k, v, past, last, total, scale, window, softcap, layer)
@@ -246,14 +280,34 @@ class Contrib:
         layer = node.args[-1]
         if not (call(keys, foveate.kv_append.default) and call(values, foveate.kv_append.default) and call(mask, foveate.kv_mask.default)):
             return None
-        if keys.args[0] is not mask.args[0] or any(a.args[0].op != "placeholder" for a in (keys, values)) or mask.args[1].op != "placeholder":
+        if (
+            keys.args[0] is not mask.args[0]
+            or any(a.args[0].op != "placeholder" for a in (keys, values))
+            or mask.args[1].op != "placeholder"
+        ):
             return None
         stored = [self.stage.output_nodes.get(f"{w}.{layer}") for w in "kv"]
-        if not all(s is not None and plain(_behind_store(s)) is plain(_behind_store(a.args[1])) for s, a in zip(stored, (keys, values), strict=True)):
+        if not all(
+            s is not None and plain(_behind_store(s)) is plain(_behind_store(a.args[1]))
+            for s, a in zip(stored, (keys, values), strict=True)
+        ):
             return None
 
-        def emit(b: Builder, n: Node, q: Node, k: Node, v: Node, mask: Node, q_pos: None, k_pos: None, scale: float, causal: bool, window: int,
-                 softcap: float, layer: int) -> str:
+        def emit(
+            b: Builder,
+            n: Node,
+            q: Node,
+            k: Node,
+            v: Node,
+            mask: Node,
+            q_pos: None,
+            k_pos: None,
+            scale: float,
+            causal: bool,
+            window: int,
+            softcap: float,
+            layer: int,
+        ) -> str:
             lengths = b.op("Cast", b(mask.args[1]), to=6)  # int32[L, B], once
             last = b.op("Gather", lengths, b.const(self.row(mask.args[2]), torch.int64), axis=0)
             total = b.op("Add", b.op("ReduceMax", last, b.ints(0), keepdims=1), b.const([1], torch.int32))
@@ -266,18 +320,47 @@ class Contrib:
         """The row of `lengths` to read for a layer: the first of its segment, so that equal lengths are read once."""
         return self.rows[row] if self.rows else row
 
-    def _group_query(self, b: Builder, n: Node, q: Node, k: Node, v: Node, past: tuple[str | None, str | None], last: str, total: str, scale: float,
-                     window: int, softcap: float, layer: int) -> str:
+    def _group_query(
+        self,
+        b: Builder,
+        n: Node,
+        q: Node,
+        k: Node,
+        v: Node,
+        past: tuple[str | None, str | None],
+        last: str,
+        total: str,
+        scale: float,
+        window: int,
+        softcap: float,
+        layer: int,
+    ) -> str:
         heads, groups, width = (int(s) for s in (q.meta["val"].shape[1], k.meta["val"].shape[1], q.meta["val"].shape[3]))
-        y, keys, values = b.op("GroupQueryAttention", self.flatten(b, q), self.flatten(b, k), self.flatten(b, v), *past, last, total, domain=MS, outputs=3,
-                               num_heads=heads, kv_num_heads=groups, scale=scale, local_window_size=window or None, softcap=softcap or None)
+        y, keys, values = b.op(
+            "GroupQueryAttention",
+            self.flatten(b, q),
+            self.flatten(b, k),
+            self.flatten(b, v),
+            *past,
+            last,
+            total,
+            domain=MS,
+            outputs=3,
+            num_heads=heads,
+            kv_num_heads=groups,
+            scale=scale,
+            local_window_size=window or None,
+            softcap=softcap or None,
+        )
         if past[0] is not None:
             dims = ["B", groups, f"{'P' if self.decode else 'C'}{layer}", width]
             b.replaced[f"k.{layer}"], b.replaced[f"v.{layer}"] = (keys, dims), (values, dims)
             self.in_place.append(layer)
         return self._put(b, n, y, heads, width)
 
-    def _free_attention(self, b: Builder, n: Node, q: Node, k: Node, v: Node, mask: None, q_pos: None, k_pos: None, scale: float, *_: Any) -> str:
+    def _free_attention(
+        self, b: Builder, n: Node, q: Node, k: Node, v: Node, mask: None, q_pos: None, k_pos: None, scale: float, *_: Any
+    ) -> str:
         heads, width = int(q.meta["val"].shape[1]), int(q.meta["val"].shape[3])
         y = b.op("MultiHeadAttention", *[self.flatten(b, a) for a in (q, k, v)], domain=MS, num_heads=heads, scale=scale)
         return self._put(b, n, y, heads, width)
@@ -348,7 +431,8 @@ def _prefix_mask(mask: Any) -> bool:
 
 
 def _ordered(q_pos: Any, k_pos: Any) -> bool:
-    """No positions, or those of an uncut sequence, max(cumsum(valid) - 1, 0): with padding on the right they are the indices of the valid rows."""
+    """No positions, or those of an uncut sequence, max(cumsum(valid) - 1, 0): with padding on the right they are the indices of the
+    valid rows."""
     if q_pos is None and k_pos is None:
         return True
     top = plain(q_pos)
@@ -370,8 +454,11 @@ def _rms_core(node: Any) -> tuple[Node, float] | None:
     if not call(mean, aten.mean.dim) or list(mean.args[1]) not in ([-1], [rank(x) - 1]) or len(mean.args) < 3 or not mean.args[2]:
         return None
     power = plain(mean.args[0])
-    squared = call(power, aten.pow.Tensor_Scalar) and power.args[1] == 2 and plain(power.args[0]) is x \
-        or call(power, aten.mul.Tensor) and plain(power.args[0]) is x and plain(power.args[1]) is x or call(power, aten.square.default) and plain(power.args[0]) is x
+    squared = (
+        (call(power, aten.pow.Tensor_Scalar) and power.args[1] == 2 and plain(power.args[0]) is x)
+        or (call(power, aten.mul.Tensor) and plain(power.args[0]) is x and plain(power.args[1]) is x)
+        or (call(power, aten.square.default) and plain(power.args[0]) is x)
+    )
     return (x, total.args[1]) if squared else None
 
 
@@ -420,9 +507,13 @@ def _at_random(node: Node, stage: Stage) -> Tensor | None:
             continue
         if at.op == "placeholder":
             name, val = at.meta.get("name", at.name), at.meta["val"]
-            if val.dtype.is_floating_point or "position" not in name and any(u in inside and u.target is not aten.sym_size.int for u in at.users):
+            if val.dtype.is_floating_point or (
+                "position" not in name and any(u in inside and u.target is not aten.sym_size.int for u in at.users)
+            ):
                 return None
-            values[at] = torch.randint(0, 999, [s if isinstance(s, int) else 5 for s in val.shape], generator=torch.Generator().manual_seed(0))
+            values[at] = torch.randint(
+                0, 999, [s if isinstance(s, int) else 5 for s in val.shape], generator=torch.Generator().manual_seed(0)
+            )
         elif at.op == "get_attr":
             value: Any = stage.module
             for part in str(at.target).split("."):
@@ -432,5 +523,3 @@ def _at_random(node: Node, stage: Stage) -> Tensor | None:
             args, kwargs = torch.fx.node.map_arg((at.args, at.kwargs), lambda n: values[n])
             values[at] = at.target(*args, **kwargs)  # type: ignore[operator]
     return values[node]
-
-

@@ -59,9 +59,12 @@ def kv_mask(b: Builder, n: Node, past: Node, lengths: Node, layer: int) -> str:
 
 # ** attention **
 
-def attention_mask(b: Builder, n: Node, q: Node, k: Node, mask: Node | None, q_pos: Node | None, k_pos: Node | None, causal: bool,
-                   window: int) -> str | None:
-    """Everything that hides keys as one mask over [B or 1, H or 1, S, T] (bool, or float in q's type when the given mask is float), or None."""
+
+def attention_mask(
+    b: Builder, n: Node, q: Node, k: Node, mask: Node | None, q_pos: Node | None, k_pos: Node | None, causal: bool, window: int
+) -> str | None:
+    """Everything that hides keys as one mask over [B or 1, H or 1, S, T] (bool, or float in q's type when the given mask is float), or
+    None."""
     masks = []
     float_mask = None
     if mask is not None and dtype(mask) == torch.bool:
@@ -113,8 +116,21 @@ def repeat_heads(b: Builder, name: str, kv: Tensor, times: int) -> str:
     return b.op("Reshape", wide, b.ints(0, kv.shape[1] * times, -1, kv.shape[3]))
 
 
-def attention_matmul(b: Builder, n: Node, q: Node, k: Node, v: Node, mask: Node | None, q_pos: Node | None, k_pos: Node | None,
-                     scale: float, causal: bool, window: int, softcap: float, layer: int) -> str:
+def attention_matmul(
+    b: Builder,
+    n: Node,
+    q: Node,
+    k: Node,
+    v: Node,
+    mask: Node | None,
+    q_pos: Node | None,
+    k_pos: Node | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    layer: int,
+) -> str:
     """MatMul, Softmax in float32, MatMul: valid everywhere, and what TensorRT fuses into one kernel when S is 1."""
     kind, heads, groups = dtype(q), q.meta["val"].shape[1], k.meta["val"].shape[1]
     if heads is not groups and int(heads) % int(groups):
@@ -137,11 +153,24 @@ def attention_matmul(b: Builder, n: Node, q: Node, k: Node, v: Node, mask: Node 
     return b.op("Transpose", b.op("MatMul", p, values), perm=[0, 2, 1, 3])
 
 
-def attention_op(b: Builder, n: Node, q: Node, k: Node, v: Node, mask: Node | None, q_pos: Node | None, k_pos: Node | None,
-                 scale: float, causal: bool, window: int, softcap: float, layer: int) -> str:
+def attention_op(
+    b: Builder,
+    n: Node,
+    q: Node,
+    k: Node,
+    v: Node,
+    mask: Node | None,
+    q_pos: Node | None,
+    k_pos: Node | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    layer: int,
+) -> str:
     """The Attention operator of opset 23; a soft cap (whose order against the mask changed between opsets) is spelt out instead."""
     rows = q.meta["val"].shape[2]
-    if softcap or isinstance(rows, int) and rows == 1:
+    if softcap or (isinstance(rows, int) and rows == 1):
         return attention_matmul(b, n, q, k, v, mask, q_pos, k_pos, scale, causal, window, softcap, layer)
     plain = causal and not window and q_pos is None and same(rows, k.meta["val"].shape[2])
     hidden = attention_mask(b, n, q, k, mask, q_pos, k_pos, causal and not plain, window)
@@ -159,7 +188,9 @@ def attention_varlen(b: Builder, n: Node, q: Node, k: Node, v: Node, cu_seqlens:
     ends = b.op("Slice", b(cu_seqlens), b.ints(1), b.ints(END), b.ints(0))
     rows = b.op("Squeeze", b.dim(q, 2), b.ints(0))
     slots = b.op("Range", b.const(0, torch.int64), rows, b.const(1, torch.int64))
-    passed = b.op("GreaterOrEqual", b.op("Unsqueeze", slots, b.ints(1)), b.op("Unsqueeze", b.cast(ends, dtype(cu_seqlens), torch.int64), b.ints(0)))
+    passed = b.op(
+        "GreaterOrEqual", b.op("Unsqueeze", slots, b.ints(1)), b.op("Unsqueeze", b.cast(ends, dtype(cu_seqlens), torch.int64), b.ints(0))
+    )
     segment = b.op("ReduceSum", b.cast(passed, torch.bool, torch.int64), b.ints(1), keepdims=0)
     seen = b.op("Equal", b.op("Unsqueeze", segment, b.ints(1)), b.op("Unsqueeze", segment, b.ints(0)))
     y = b.op("Attention", b(q), b(k), b(v), b.op("Unsqueeze", seen, b.ints(0, 1)), scale=scale)

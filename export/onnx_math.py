@@ -19,6 +19,7 @@ aten = torch.ops.aten
 
 # ** elementwise **
 
+
 def _binary(kind: str) -> Any:
     def emit(b: Builder, n: Node, x: Any, y: Any, *rest: Any) -> str:
         if rest and rest[0] not in (1, None):
@@ -34,8 +35,11 @@ def _scaled(b: Builder, n: Node, y: Any, alpha: Any) -> str:
 
 
 for _targets, _kind in (
-    ((aten.add.Tensor, aten.add.Scalar), "Add"), ((aten.sub.Tensor, aten.sub.Scalar), "Sub"),
-    ((aten.mul.Tensor, aten.mul.Scalar), "Mul"), ((aten.maximum.default,), "Max"), ((aten.minimum.default,), "Min"),
+    ((aten.add.Tensor, aten.add.Scalar), "Add"),
+    ((aten.sub.Tensor, aten.sub.Scalar), "Sub"),
+    ((aten.mul.Tensor, aten.mul.Scalar), "Mul"),
+    ((aten.maximum.default,), "Max"),
+    ((aten.minimum.default,), "Min"),
 ):
     for _target in _targets:
         EMITTERS[_target] = _binary(_kind)
@@ -77,11 +81,26 @@ def remainder(b: Builder, n: Node, x: Any, y: Any) -> str:
 
 
 for _target, _kind in (
-    (aten.cos.default, "Cos"), (aten.sin.default, "Sin"), (aten.neg.default, "Neg"), (aten.sigmoid.default, "Sigmoid"), (aten.tanh.default, "Tanh"),
-    (aten.relu.default, "Relu"), (aten.sqrt.default, "Sqrt"), (aten.exp.default, "Exp"), (aten.log.default, "Log"), (aten.abs.default, "Abs"),
-    (aten.floor.default, "Floor"), (aten.ceil.default, "Ceil"), (aten.round.default, "Round"), (aten.erf.default, "Erf"), (aten.sign.default, "Sign"),
-    (aten.reciprocal.default, "Reciprocal"), (aten.softplus.default, "Softplus"), (aten.isnan.default, "IsNaN"),
+    (aten.cos.default, "Cos"),
+    (aten.sin.default, "Sin"),
+    (aten.neg.default, "Neg"),
+    (aten.sigmoid.default, "Sigmoid"),
+    (aten.tanh.default, "Tanh"),
+    (aten.relu.default, "Relu"),
+    (aten.sqrt.default, "Sqrt"),
+    (aten.exp.default, "Exp"),
+    (aten.log.default, "Log"),
+    (aten.abs.default, "Abs"),
+    (aten.floor.default, "Floor"),
+    (aten.ceil.default, "Ceil"),
+    (aten.round.default, "Round"),
+    (aten.erf.default, "Erf"),
+    (aten.sign.default, "Sign"),
+    (aten.reciprocal.default, "Reciprocal"),
+    (aten.softplus.default, "Softplus"),
+    (aten.isnan.default, "IsNaN"),
 ):
+
     def _unary(b: Builder, n: Node, x: Node, *_: Any, kind: str = _kind) -> str:
         return b.op(kind, b.tensor(x, dtype(x) if dtype(n) == torch.bool else dtype(n)))
 
@@ -134,6 +153,7 @@ def clamp_tensor(b: Builder, n: Node, x: Node, low: Any = None, high: Any = None
 
 # ** comparison and logic **
 
+
 def _compare(kind: str, negate: bool = False) -> Any:
     def emit(b: Builder, n: Node, x: Any, y: Any) -> str:
         common = promoted(x, y)
@@ -152,8 +172,14 @@ def promoted(x: Any, y: Any) -> torch.dtype:
     return torch.result_type(*values) if any(isinstance(v, Tensor) for v in values) else torch.int64
 
 
-for _name, _kind, _negate in (("eq", "Equal", False), ("ne", "Equal", True), ("lt", "Less", False), ("le", "LessOrEqual", False),
-                              ("gt", "Greater", False), ("ge", "GreaterOrEqual", False)):
+for _name, _kind, _negate in (
+    ("eq", "Equal", False),
+    ("ne", "Equal", True),
+    ("lt", "Less", False),
+    ("le", "LessOrEqual", False),
+    ("gt", "Greater", False),
+    ("ge", "GreaterOrEqual", False),
+):
     for _overload in ("Tensor", "Scalar"):
         EMITTERS[getattr(getattr(aten, _name), _overload)] = _compare(_kind, _negate)
 
@@ -165,9 +191,11 @@ def _logical(kind: str) -> Any:
     return emit
 
 
-for _kind, _targets in (("And", (aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor)),
-                        ("Or", (aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor)),
-                        ("Xor", (aten.logical_xor.default, aten.bitwise_xor.Tensor))):
+for _kind, _targets in (
+    ("And", (aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor)),
+    ("Or", (aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor)),
+    ("Xor", (aten.logical_xor.default, aten.bitwise_xor.Tensor)),
+):
     for _target in _targets:
         EMITTERS[_target] = _logical(_kind)
 
@@ -190,6 +218,7 @@ def masked_fill(b: Builder, n: Node, x: Node, mask: Node, value: Any) -> str:
 
 
 # ** reductions **
+
 
 def _axes(n: Node, x: Node, dim: Any) -> list[int]:
     if dim is None or dim == []:
@@ -224,6 +253,11 @@ def sum_all(b: Builder, n: Node, x: Node, _dtype: Any) -> str:
 @emits(aten.amax.default, aten.amin.default)
 def amax(b: Builder, n: Node, x: Node, dim: Any, keepdim: bool) -> str:
     return _reduce(b, n, "ReduceMax" if n.target is aten.amax.default else "ReduceMin", x, dim, keepdim, dtype(n))
+
+
+@emits(aten.logsumexp.default)
+def logsumexp(b: Builder, n: Node, x: Node, dim: Any, keepdim: bool = False) -> str:
+    return _reduce(b, n, "ReduceLogSumExp", x, dim, keepdim, dtype(n))
 
 
 @emits(aten.max.default, aten.min.default)
@@ -330,8 +364,11 @@ def argsort(b: Builder, n: Node, x: Node, *rest: Any) -> str:
 
 # ** norms **
 
+
 @emits(aten.layer_norm.default)
-def layer_norm(b: Builder, n: Node, x: Node, shape: list[int], weight: Node | None, bias: Node | None, eps: float, _cudnn: bool = True) -> str:
+def layer_norm(
+    b: Builder, n: Node, x: Node, shape: list[int], weight: Node | None, bias: Node | None, eps: float, _cudnn: bool = True
+) -> str:
     scale = b(weight) if weight is not None else b.const(torch.ones(*shape, dtype=dtype(n)))
     return b.op("LayerNormalization", b(x), scale, b(bias) if bias is not None else None, axis=rank(x) - len(shape), epsilon=eps)
 
@@ -361,7 +398,9 @@ def group_norm(b: Builder, n: Node, x: Node, groups: int, weight: Node | None, b
 
 
 @emits(aten.batch_norm.default)
-def batch_norm(b: Builder, n: Node, x: Node, weight: Any, bias: Any, mean_: Node, var_: Node, training: bool, _m: float, eps: float, _c: bool) -> str:
+def batch_norm(
+    b: Builder, n: Node, x: Node, weight: Any, bias: Any, mean_: Node, var_: Node, training: bool, _m: float, eps: float, _c: bool
+) -> str:
     if training:
         raise LowerError(f"to_onnx: {n.name}: batch_norm in training mode; call .eval() before capture")
     channels = x.meta["val"].shape[1]
@@ -371,6 +410,7 @@ def batch_norm(b: Builder, n: Node, x: Node, weight: Any, bias: Any, mean_: Node
 
 
 # ** products **
+
 
 @emits(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matmul(b: Builder, n: Node, x: Node, y: Node) -> str:
@@ -386,7 +426,13 @@ def linear(b: Builder, n: Node, x: Node, weight: Node, bias: Node | None) -> str
     elif rank(x) == 2:
         return b.op("Gemm", b(x), b(weight), b(bias) if bias is not None else None, transB=1)
     elif b.alias[found[0]] in b.read_raw:
-        flat = b.op("Gemm", b.op("Reshape", b(x), b.ints(-1, weight.meta["val"].shape[1])), b(weight), b(bias) if bias is not None else None, transB=1)
+        flat = b.op(
+            "Gemm",
+            b.op("Reshape", b(x), b.ints(-1, weight.meta["val"].shape[1])),
+            b(weight),
+            b(bias) if bias is not None else None,
+            transB=1,
+        )
         return b.op("Reshape", flat, b.op("Concat", b.op("Shape", b(x), end=-1), b.ints(weight.meta["val"].shape[0]), axis=0))
     else:
         product = b.op("MatMul", b(x), b.weight(found[0], transpose=True, dtype=found[1]))
@@ -422,40 +468,82 @@ def conv(b: Builder, n: Node, x: Node, weight: Node, bias: Node | None, stride: 
         v = [v] if isinstance(v, int) else list(v)
         return v * spatial if len(v) == 1 else v
 
-    return b.op("Conv", b(x), b(weight), b(bias) if bias is not None else None,
-                strides=spread(stride), pads=spread(padding) * 2, dilations=spread(dilation), group=groups)
+    return b.op(
+        "Conv",
+        b(x),
+        b(weight),
+        b(bias) if bias is not None else None,
+        strides=spread(stride),
+        pads=spread(padding) * 2,
+        dilations=spread(dilation),
+        group=groups,
+    )
 
 
 @emits(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
-def conv_named_padding(b: Builder, n: Node, x: Node, weight: Node, bias: Node | None, stride: Any, padding: str, dilation: Any, groups: int) -> str:
-    """"valid", or "same": what is odd goes to the end."""
+def conv_named_padding(
+    b: Builder, n: Node, x: Node, weight: Node, bias: Node | None, stride: Any, padding: str, dilation: Any, groups: int
+) -> str:
+    """ "valid", or "same": what is odd goes to the end."""
     kernel = [int(s) for s in weight.meta["val"].shape[2:]]
     spread = [dilation] * len(kernel) if isinstance(dilation, int) else list(dilation) * (len(kernel) if len(dilation) == 1 else 1)
     total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(spread, kernel, strict=True)]
     steps = [stride] * len(kernel) if isinstance(stride, int) else list(stride) * (len(kernel) if len(stride) == 1 else 1)
-    return b.op("Conv", b(x), b(weight), b(bias) if bias is not None else None, strides=steps, dilations=spread, group=groups,
-                pads=[t // 2 for t in total] + [t - t // 2 for t in total])
+    return b.op(
+        "Conv",
+        b(x),
+        b(weight),
+        b(bias) if bias is not None else None,
+        strides=steps,
+        dilations=spread,
+        group=groups,
+        pads=[t // 2 for t in total] + [t - t // 2 for t in total],
+    )
 
 
 @emits(aten.convolution.default)
-def convolution(b: Builder, n: Node, x: Node, weight: Node, bias: Node | None, stride: Any, padding: Any, dilation: Any, transposed: bool, _out: Any, groups: int) -> str:
+def convolution(
+    b: Builder,
+    n: Node,
+    x: Node,
+    weight: Node,
+    bias: Node | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    _out: Any,
+    groups: int,
+) -> str:
     if transposed:
         raise LowerError(f"to_onnx: {n.name}: transposed convolution is not lowered")
     return conv(b, n, x, weight, bias, stride, padding, dilation, groups)
 
 
 @emits(aten.scaled_dot_product_attention.default)
-def sdpa(b: Builder, n: Node, q: Node, k: Node, v: Node, mask: Node | None, dropout: float, causal: bool, scale: float | None, gqa: bool) -> str:
+def sdpa(
+    b: Builder, n: Node, q: Node, k: Node, v: Node, mask: Node | None, dropout: float, causal: bool, scale: float | None, gqa: bool
+) -> str:
     """The towers that bypass the attention interface."""
     if dropout:
         raise LowerError(f"to_onnx: {n.name}: attention with dropout {dropout}; call .eval() before capture")
     width = q.meta["val"].shape[-1]
-    return b.op("Attention", b(q), b(k), b(v), b(mask) if mask is not None else None, is_causal=int(causal), scale=float(scale or width**-0.5))
+    return b.op(
+        "Attention", b(q), b(k), b(v), b(mask) if mask is not None else None, is_causal=int(causal), scale=float(scale or width**-0.5)
+    )
 
 
 # ** sizes **
 
-for _target, _kind in ((operator.add, "Add"), (operator.sub, "Sub"), (operator.mul, "Mul"), (torch.sym_max, "Max"), (torch.sym_min, "Min"), (operator.mod, "Mod")):
+for _target, _kind in (
+    (operator.add, "Add"),
+    (operator.sub, "Sub"),
+    (operator.mul, "Mul"),
+    (torch.sym_max, "Max"),
+    (torch.sym_min, "Min"),
+    (operator.mod, "Mod"),
+):
+
     def _size_op(b: Builder, n: Node, *args: Any, kind: str = _kind) -> str:
         return b.op(kind, *[b.size(a) for a in args])
 

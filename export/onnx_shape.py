@@ -27,6 +27,7 @@ def _key(size: Any) -> Any:
 
 # ** views **
 
+
 def reshape_to(b: Builder, name: str, have: Tensor, want: Tensor, sizes: Any = None) -> str:
     """Reshape by a constant wherever possible: 0 copies a dimension that stays in place, -1 takes the one that is left."""
     if len(have.shape) == len(want.shape) and all(map(same, have.shape, want.shape)):
@@ -51,8 +52,16 @@ def view(b: Builder, n: Node, x: Node, sizes: Any) -> str:
     return reshape_to(b, b(x), x.meta["val"], n.meta["val"], sizes)
 
 
-@emits(aten.flatten.using_ints, aten.unflatten.int, aten.view_as.default, aten.reshape_as.default, aten.unsqueeze.default, aten.squeeze.default,
-       aten.squeeze.dim, aten.squeeze.dims)
+@emits(
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.view_as.default,
+    aten.reshape_as.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
 def by_shape(b: Builder, n: Node, x: Node, *rest: Any) -> str:
     """Views that their result's shape describes completely."""
     if n.target is aten.unsqueeze.default:
@@ -127,8 +136,16 @@ def movedim(b: Builder, n: Node, x: Node, source: int, target: int) -> str:
     return b.op("Transpose", b(x), perm=perm)
 
 
-@emits(aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.dropout.default,
-       aten.detach_.default, aten._assert_tensor_metadata.default)
+@emits(
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+    aten.dropout.default,
+    aten.detach_.default,
+    aten._assert_tensor_metadata.default,
+)
 def identity(b: Builder, n: Node, x: Node, *_: Any) -> Any:
     return b(x)
 
@@ -139,6 +156,7 @@ def to(b: Builder, n: Node, x: Node, *_: Any) -> str:
 
 
 # ** picking **
+
 
 @emits(aten.slice.Tensor)
 def slice_(b: Builder, n: Node, x: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> str:
@@ -185,7 +203,9 @@ def index(b: Builder, n: Node, x: Node, indices: list[Node | None]) -> str:
     at = [i for i, v in enumerate(indices) if v is not None]
     picked = [v for v in indices if v is not None]
     if any(dtype(v) == torch.bool for v in picked):
-        raise LowerError(f"to_onnx: {n.name}: indexing by a boolean mask gives a data-dependent shape; possible are integer indices and torch.where")
+        raise LowerError(
+            f"to_onnx: {n.name}: indexing by a boolean mask gives a data-dependent shape; possible are integer indices and torch.where"
+        )
     if len(picked) == 1:
         return b.op("Gather", b(x), b.tensor(picked[0], torch.int64), axis=at[0])
     if at != list(range(at[0], at[0] + len(at))):
@@ -235,7 +255,13 @@ def scatter(b: Builder, n: Node, x: Node, dim: int, index: Node, source: Node) -
 
 @emits(aten.scatter.value)
 def scatter_value(b: Builder, n: Node, x: Node, dim: int, index: Node, value: Any) -> str:
-    return b.op("ScatterElements", b(x), b(index), b.op("Expand", b.const(value, dtype(n)), b.shape(b(index), index.meta["val"])), axis=dim % rank(x))
+    return b.op(
+        "ScatterElements",
+        b(x),
+        b(index),
+        b.op("Expand", b.const(value, dtype(n)), b.shape(b(index), index.meta["val"])),
+        axis=dim % rank(x),
+    )
 
 
 @emits(aten.scatter_add.default)
@@ -256,6 +282,7 @@ def slice_scatter(b: Builder, n: Node, x: Node, source: Node, dim: int = 0, star
 
 
 # ** joining and splitting **
+
 
 @emits(aten.cat.default, aten.concat.default)
 def cat(b: Builder, n: Node, parts: list[Node], dim: int = 0) -> str:
@@ -314,7 +341,7 @@ def repeat_interleave(b: Builder, n: Node, x: Node, repeats: Any, dim: int | Non
     wide = b.op("Expand", wide, b.sizes([*ones[: axis + 1], repeats, *ones[axis + 2 :]]))
     if all(isinstance(s, int) for s in n.meta["val"].shape):
         return b.op("Reshape", wide, b.ints(*n.meta["val"].shape))
-    if axis <= 1 or isinstance(have.shape[axis], int) and isinstance(repeats, int):
+    if axis <= 1 or (isinstance(have.shape[axis], int) and isinstance(repeats, int)):
         merged = have.shape[axis] * repeats if isinstance(have.shape[axis], int) and isinstance(repeats, int) else -1
         rest = [s if isinstance(s, int) else None for s in have.shape[axis + 1 :]]
         if None not in rest:
@@ -361,6 +388,7 @@ def pad(b: Builder, n: Node, x: Node, pads: list[Any], *rest: Any) -> str:
 
 
 # ** making **
+
 
 def _filled(b: Builder, n: Node, sizes: Any, value: Any) -> str:
     shape = n.meta["val"].shape
@@ -486,7 +514,9 @@ def linspace(b: Builder, n: Node, start: Any, end: Any, steps: Any, *_: Any) -> 
 def tril(b: Builder, n: Node, x: Node, diagonal: int = 0) -> str:
     upper = int(n.target is aten.triu.default)
     if dtype(x) == torch.bool:
-        return b.cast(b.op("Trilu", b.cast(b(x), torch.bool, torch.int32), b.const(diagonal, torch.int64), upper=upper), torch.int32, torch.bool)
+        return b.cast(
+            b.op("Trilu", b.cast(b(x), torch.bool, torch.int32), b.const(diagonal, torch.int64), upper=upper), torch.int32, torch.bool
+        )
     return b.op("Trilu", b(x), b.const(diagonal, torch.int64), upper=upper)
 
 
@@ -509,6 +539,7 @@ def meshgrid(b: Builder, n: Node, parts: list[Node], indexing: str = "ij") -> li
 
 # ** pictures **
 
+
 def _resize(mode: str, **extra: Any) -> Any:
     def emit(b: Builder, n: Node, x: Node, size: Any, *rest: Any) -> str:
         align = bool(rest[0]) if mode != "nearest" and rest else False
@@ -518,35 +549,57 @@ def _resize(mode: str, **extra: Any) -> Any:
             if size is None:
                 raise LowerError(f"to_onnx: {n.name}: resize by a scale of a symbolic size is not lowered; give the output size")
             spatial = list(size)
-        sizes = b.op("Concat", b.op("Shape", b(x), end=2), b.sizes(spatial), axis=0) if not all(isinstance(s, int) for s in have[:2]) \
+        sizes = (
+            b.op("Concat", b.op("Shape", b(x), end=2), b.sizes(spatial), axis=0)
+            if not all(isinstance(s, int) for s in have[:2])
             else b.sizes([*have[:2], *spatial])
+        )
         where = "align_corners" if align else ("asymmetric" if mode == "nearest" else "half_pixel")
         return b.op("Resize", b(x), None, None, sizes, mode=mode, coordinate_transformation_mode=where, **extra)
 
     return emit
 
 
-for _name, _mode, _extra in (("upsample_nearest2d", "nearest", {"nearest_mode": "floor"}), ("upsample_bilinear2d", "linear", {}),
-                             ("upsample_bicubic2d", "cubic", {"cubic_coeff_a": -0.75})):
+for _name, _mode, _extra in (
+    ("upsample_nearest2d", "nearest", {"nearest_mode": "floor"}),
+    ("upsample_bilinear2d", "linear", {}),
+    ("upsample_bicubic2d", "cubic", {"cubic_coeff_a": -0.75}),
+):
     for _overload in ("vec", "default"):
         EMITTERS[getattr(getattr(aten, _name), _overload)] = _resize(_mode, **_extra)
 
 
 @emits(aten.grid_sampler.default, aten.grid_sampler_2d.default)
 def grid_sampler(b: Builder, n: Node, x: Node, grid: Node, mode: int, padding: int, align: bool) -> str:
-    return b.op("GridSample", b(x), b(grid), mode=("linear", "nearest", "cubic")[mode], padding_mode=("zeros", "border", "reflection")[padding],
-                align_corners=int(align))
+    return b.op(
+        "GridSample",
+        b(x),
+        b(grid),
+        mode=("linear", "nearest", "cubic")[mode],
+        padding_mode=("zeros", "border", "reflection")[padding],
+        align_corners=int(align),
+    )
 
 
-@emits(aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default, aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec)
+@emits(
+    aten._upsample_bilinear2d_aa.default,
+    aten._upsample_bicubic2d_aa.default,
+    aten._upsample_bilinear2d_aa.vec,
+    aten._upsample_bicubic2d_aa.vec,
+)
 def antialiased(b: Builder, n: Node, x: Node, _size: Any, align: bool, *_: Any) -> str:
-    """A separable linear map: one constant matrix per axis, taken from torch itself. (ONNX Runtime's antialiased Resize differs by 1e-1.)"""
+    """A separable linear map: one constant matrix per axis, taken from torch itself. (ONNX Runtime's antialiased Resize differs by
+    1e-1.)"""
     have, want = x.meta["val"].shape[2:], n.meta["val"].shape[2:]
     if not all(isinstance(s, int) for s in (*have, *want)):
         raise LowerError(f"to_onnx: {n.name}: antialiased resizing from {tuple(have)} to {tuple(want)} needs fixed sizes")
     mode = "bicubic" if "bicubic" in str(n.target) else "bilinear"
-    rows, columns = (torch.nn.functional.interpolate(torch.eye(old)[None, None], (new, old), mode=mode, antialias=True, align_corners=align)[0, 0].to(dtype(n))
-                     for old, new in zip(have, want, strict=True))
+    rows, columns = (
+        torch.nn.functional.interpolate(torch.eye(old)[None, None], (new, old), mode=mode, antialias=True, align_corners=align)[0, 0].to(
+            dtype(n)
+        )
+        for old, new in zip(have, want, strict=True)
+    )
     return b.op("MatMul", b.op("MatMul", b.const(rows), b(x)), b.const(columns.t().contiguous()))
 
 
@@ -555,9 +608,16 @@ def im2col(b: Builder, n: Node, x: Node, kernel: list[int], dilation: list[int],
     """Patches that tile the picture: [B, C, H, W] -> [B, C kh kw, H/kh W/kw]. (As a GatherND, ONNX Runtime 1.31's optimizer breaks it.)"""
     channels, height, width = x.meta["val"].shape[1:]
     (kh, kw) = kernel
-    tiles = list(kernel) == list(stride) and list(dilation) == [1, 1] and list(padding) == [0, 0] and all(isinstance(s, int) for s in (channels, height, width))
+    tiles = (
+        list(kernel) == list(stride)
+        and list(dilation) == [1, 1]
+        and list(padding) == [0, 0]
+        and all(isinstance(s, int) for s in (channels, height, width))
+    )
     if not tiles or height % kh or width % kw:
-        raise LowerError(f"to_onnx: {n.name}: unfold with kernel {kernel}, stride {stride}, padding {padding} over {(height, width)} does not tile it")
+        raise LowerError(
+            f"to_onnx: {n.name}: unfold with kernel {kernel}, stride {stride}, padding {padding} over {(height, width)} does not tile it"
+        )
     split = b.op("Reshape", b(x), b.ints(0, channels, height // kh, kh, width // kw, kw))
     return b.op("Reshape", b.op("Transpose", split, perm=[0, 1, 3, 5, 2, 4]), b.ints(0, channels * kh * kw, (height // kh) * (width // kw)))
 
@@ -574,20 +634,43 @@ def _pair(value: Any) -> list[int]:
 
 @emits(aten.avg_pool2d.default)
 def avg_pool2d(b: Builder, n: Node, x: Node, kernel: Any, stride: Any, padding: Any, ceil: bool, include_pad: bool, _divisor: Any) -> str:
-    return b.op("AveragePool", b(x), kernel_shape=_pair(kernel), strides=_pair(stride or kernel), pads=_pair(padding) * 2,
-                ceil_mode=int(ceil), count_include_pad=int(include_pad))
+    return b.op(
+        "AveragePool",
+        b(x),
+        kernel_shape=_pair(kernel),
+        strides=_pair(stride or kernel),
+        pads=_pair(padding) * 2,
+        ceil_mode=int(ceil),
+        count_include_pad=int(include_pad),
+    )
 
 
 @emits(aten.avg_pool1d.default)
-def avg_pool1d(b: Builder, n: Node, x: Node, kernel: list[int], stride: list[int], padding: list[int], ceil: bool, include_pad: bool) -> str:
-    return b.op("AveragePool", b(x), kernel_shape=list(kernel), strides=list(stride or kernel), pads=[*padding] * 2, ceil_mode=int(ceil),
-                count_include_pad=int(include_pad))
+def avg_pool1d(
+    b: Builder, n: Node, x: Node, kernel: list[int], stride: list[int], padding: list[int], ceil: bool, include_pad: bool
+) -> str:
+    return b.op(
+        "AveragePool",
+        b(x),
+        kernel_shape=list(kernel),
+        strides=list(stride or kernel),
+        pads=[*padding] * 2,
+        ceil_mode=int(ceil),
+        count_include_pad=int(include_pad),
+    )
 
 
 @emits(aten.max_pool2d.default)
 def max_pool2d(b: Builder, n: Node, x: Node, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool) -> str:
-    return b.op("MaxPool", b(x), kernel_shape=_pair(kernel), strides=_pair(stride or kernel), pads=_pair(padding) * 2, dilations=_pair(dilation),
-                ceil_mode=int(ceil))
+    return b.op(
+        "MaxPool",
+        b(x),
+        kernel_shape=_pair(kernel),
+        strides=_pair(stride or kernel),
+        pads=_pair(padding) * 2,
+        dilations=_pair(dilation),
+        ceil_mode=int(ceil),
+    )
 
 
 @emits(aten.adaptive_avg_pool2d.default)
@@ -599,5 +682,3 @@ def adaptive_avg_pool2d(b: Builder, n: Node, x: Node, size: Any) -> str:
         raise LowerError(f"to_onnx: {n.name}: adaptive pooling of {tuple(have)} to {want} is not a whole number of cells")
     cell = [h // w for h, w in zip(have, want, strict=True)]
     return b.op("AveragePool", b(x), kernel_shape=cell, strides=cell)
-
-

@@ -17,7 +17,8 @@ PAGE = 4096
 class WeightFile:
     """`place` puts a tensor into the file and says where; the same tensor, or the same arrangement of tensors, is written once.
 
-    With `zeros_for_meta` a tensor without data (device meta) takes its place as a hole in a sparse file: shapes and sizes are right, values are 0.
+    With `zeros_for_meta` a tensor without data (device meta) takes its place as a hole in a sparse file: shapes and sizes are right,
+    values are 0.
     """
 
     def __init__(self, path: Path, zeros_for_meta: bool = False) -> None:
@@ -31,7 +32,11 @@ class WeightFile:
     def place(self, parts: tuple[Tensor, ...], transpose: bool, dtype: torch.dtype | None = None) -> tuple[int, int]:
         """The tensors concatenated along dim 0 (and then, for matrices, transposed), cast one at a time -> (offset, length) in bytes."""
         dtype = dtype or parts[0].dtype
-        key = (transpose, dtype, *[(p.data_ptr() if p.device.type != "meta" else id(p), tuple(p.shape), p.stride(), p.dtype) for p in parts])
+        key = (
+            transpose,
+            dtype,
+            *[(p.data_ptr() if p.device.type != "meta" else id(p), tuple(p.shape), p.stride(), p.dtype) for p in parts],
+        )
         if key not in self._places:
             self._alive += parts
             self._places[key] = self._write(parts, transpose, dtype)
@@ -45,7 +50,10 @@ class WeightFile:
         file.seek(offset)
         if any(p.device.type == "meta" for p in parts):
             if not self._zeros:
-                raise LowerError(f"to_onnx: a weight of shape {tuple(parts[0].shape)} has no data (device meta); load the model's weights, or lower shapes only")
+                raise LowerError(
+                    f"to_onnx: a weight of shape {tuple(parts[0].shape)} has no data (device meta); "
+                    f"load the model's weights, or lower shapes only"
+                )
             file.truncate(offset + length)
         elif transpose:
             whole = parts[0] if len(parts) == 1 else torch.cat([p.detach() for p in parts])

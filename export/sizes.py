@@ -11,10 +11,22 @@ from typing import Any
 from .errors import LowerError
 
 BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Div: operator.truediv,
-    ast.Mod: operator.mod, ast.Pow: operator.pow,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.truediv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
 }
-CALLS: dict[str, Callable[..., Any]] = {"Max": max, "Min": min, "floor": math.floor, "ceiling": math.ceil, "Mod": operator.mod, "FloorDiv": operator.floordiv}
+CALLS: dict[str, Callable[..., Any]] = {
+    "Max": max,
+    "Min": min,
+    "floor": math.floor,
+    "ceiling": math.ceil,
+    "Mod": operator.mod,
+    "FloorDiv": operator.floordiv,
+}
 
 
 def evaluate(expression: int | str, symbols: Mapping[str, int]) -> int:

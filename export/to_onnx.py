@@ -1,4 +1,5 @@
-"""A stage as one ONNX graph: a direct translation of its FX nodes, no second trace and no pattern search (32 layers take a fraction of a second)."""
+"""A stage as one ONNX graph: a direct translation of its FX nodes, no second trace and no pattern search (32 layers take a fraction of
+a second)."""
 
 from __future__ import annotations
 
@@ -25,22 +26,34 @@ from .onnx_weights import WeightFile
 OPSET = 23
 IR = 11
 DIMS = {  # contract input -> names of its dimensions
-    "input_ids": ("B", "S"), "attention_mask": ("B", "S"), "position_ids": ("B", "S"), "image_features": ("B", "N", None), "pixel_values": ("I", "C", "Y", "X"),
+    "input_ids": ("B", "S"),
+    "attention_mask": ("B", "S"),
+    "position_ids": ("B", "S"),
+    "image_features": ("B", "N", None),
+    "pixel_values": ("I", "C", "Y", "X"),
 }
 
 
-def to_onnx(stage: Stage, name: str, weights: WeightFile | None = None, emitters: Mapping[Any, Emitter] | None = None,
-            at: Mapping[Node, Emitter] | None = None) -> ModelProto:
+def to_onnx(
+    stage: Stage,
+    name: str,
+    weights: WeightFile | None = None,
+    emitters: Mapping[Any, Emitter] | None = None,
+    at: Mapping[Node, Emitter] | None = None,
+) -> ModelProto:
     """The stage in opset 23, inputs and outputs named as in the contract, symbolic dimensions named B, S, N, P<layer>.
 
-    weights: the file that takes the initializers of 1 KiB and more (give the same one for every stage of a program); None keeps them in the model.
+    weights: the file that takes the initializers of 1 KiB and more (give the same one for every stage of a program); None keeps them
+    in the model.
     emitters: overrides by operator, on top of the portable ones; a dialect op mapped to None is expanded to its body.
     at: overrides by node, for what a target has recognised in this graph (the nodes must be of `stage`).
     """
     table: dict[Any, Emitter] = {k: v for k, v in {**EMITTERS, **PORTABLE, **(emitters or {})}.items() if v is not None}
     whole = stage if at else expand(stage, table)
     if at and (missing := expand(stage, table)) is not stage:
-        raise LowerError(f"to_onnx: {name}: expand the stage before overriding nodes of it ({len(list(missing.graph.nodes))} nodes after expansion)")
+        raise LowerError(
+            f"to_onnx: {name}: expand the stage before overriding nodes of it ({len(list(missing.graph.nodes))} nodes after expansion)"
+        )
     b = Builder(weights)
     names = dim_names(whole)
     inputs: list[Any] = []
@@ -55,7 +68,10 @@ def to_onnx(stage: Stage, name: str, weights: WeightFile | None = None, emitters
     outputs = _name_outputs(b, whole, {i.name for i in inputs})
     given = {i.name for i in inputs}
     b.prune([output_value(o, given) for o in whole.outputs])
-    infos = [_info(output_value(o, given), node.meta["val"], names, b.replaced[o][1] if o in b.replaced else None) for o, node in zip(whole.outputs, outputs, strict=True)]
+    infos = [
+        _info(output_value(o, given), node.meta["val"], names, b.replaced[o][1] if o in b.replaced else None)
+        for o, node in zip(whole.outputs, outputs, strict=True)
+    ]
     inputs += [_info(extra, like, names, dims) for extra, like, dims in b.extra_inputs]
     graph = b.graph(name, inputs, infos)
     domains = sorted({n.domain for n in b.nodes if n.domain})
@@ -71,8 +87,10 @@ def _emit(b: Builder, node: Node, emitter: Emitter, stage: str) -> Any:
     except (LowerError, OSError):  # a full disk is the artifact's to report
         raise
     except Exception as cause:
-        raise LowerError(f"to_onnx: {stage}: {node.target} at {node.name} ({b.path.strip('/') or 'no module'}) cannot be written with arguments "
-                         f"{[str(a)[:60] for a in arguments(node)]}: {type(cause).__name__}: {cause}") from cause
+        raise LowerError(
+            f"to_onnx: {stage}: {node.target} at {node.name} ({b.path.strip('/') or 'no module'}) cannot be written with arguments "
+            f"{[str(a)[:60] for a in arguments(node)]}: {type(cause).__name__}: {cause}"
+        ) from cause
 
 
 def _collect_parameters(b: Builder, stage: Stage) -> None:
@@ -162,11 +180,11 @@ def dim_name(size: Any, names: Mapping[str, str]) -> int | str:
     expr = size.node.expr
     if expr.is_Integer:
         return int(expr)
-    return str(expr.subs({s: sympy.Symbol(names[str(s)]) for s in expr.free_symbols if str(s) in names}))  # a bare "N" or "I" is a sympy function
+    return str(
+        expr.subs({s: sympy.Symbol(names[str(s)]) for s in expr.free_symbols if str(s) in names})
+    )  # a bare "N" or "I" is a sympy function
 
 
 def save(model: ModelProto, path: Any) -> None:
     """Write a model whose large weights are already in its weight file, next to `path`."""
     onnx.save_model(model, str(path))
-
-

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+
 from foveate.export.artifact import Artifact
 from foveate.export.backends import find
 from foveate.export.onnx_weights import WeightFile
@@ -60,7 +61,9 @@ def engine(program: Program, folder: Path, target: str, **options: Any) -> Any:
     backend = find(target)
     with Artifact.create(folder / target) as draft:
         components = backend.lower(program, draft.folder, options)
-        draft.manifest.update(target=target, facts=dataclasses.asdict(program.facts), kv=[dataclasses.asdict(e) for e in program.kv], components=components)
+        draft.manifest.update(
+            target=target, facts=dataclasses.asdict(program.facts), kv=[dataclasses.asdict(e) for e in program.kv], components=components
+        )
     return backend.open(Artifact.load(folder / target))
 
 

@@ -1,6 +1,7 @@
 """The targets, one file each: a class with a `name`, found by its file.
 
-Add one: a file here (or anywhere, through `register_file`) with a subclass of `Backend`: `lower` writes components into a folder and describes them,
+Add one: a file here (or anywhere, through `register_file`) with a subclass of `Backend`: `lower` writes components into a folder and
+describes them,
 `open` turns an artifact into an `Engine`. Nothing here imports torch until it lowers.
 """
 

@@ -51,7 +51,8 @@ class Backend(ABC):
 
     @abstractmethod
     def lower(self, program: Program, folder: Path, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Write the components under `folder` (an artifact in the making); returns the manifest's `components`: stage -> {file, inputs, outputs, ...}."""
+        """Write the components under `folder` (an artifact in the making); returns the manifest's `components`: stage -> {file,
+        inputs, outputs, ...}."""
 
     @abstractmethod
     def open(self, artifact: Artifact) -> Engine:
@@ -95,7 +96,7 @@ class Engine(ABC):
     def decode(self, cache: Cache, input_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
         """One token per row: input_ids[B, 1] -> logits[B, V]; the cache grows by one row in place."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most engines hold nothing that outlives them)
         """Free what the engine holds."""
 
 

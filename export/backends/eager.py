@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -24,11 +24,12 @@ WEIGHTS = "components/weights.safetensors"
 
 
 class Eager(Backend):
-    """target "eager". options: device ("cpu", "cuda"), precision (float32, float16, bfloat16), attention ("reference" bodies, or torch's "sdpa")."""
+    """target "eager". options: device ("cpu", "cuda"), precision (float32, float16, bfloat16), attention ("reference" bodies, or
+    torch's "sdpa")."""
 
     name = "eager"
     fuses = frozenset()
-    options = {"device": "cpu", "precision": "float32", "attention": "reference"}
+    options: ClassVar[Mapping[str, Any]] = {"device": "cpu", "precision": "float32", "attention": "reference"}
 
     def available(self) -> str | None:
         try:
@@ -45,7 +46,9 @@ class Eager(Backend):
         if settings["attention"] not in ("reference", "sdpa"):
             found.append(f"eager: attention={settings['attention']!r} is none of ['reference', 'sdpa']")
         if str(settings["device"]).startswith("cuda") and not torch.cuda.is_available():
-            found.append("eager: device 'cuda' was asked for and torch sees no CUDA device here; the artifact can be built with device 'cpu'")
+            found.append(
+                "eager: device 'cuda' was asked for and torch sees no CUDA device here; the artifact can be built with device 'cpu'"
+            )
         return found
 
     def lower(self, program: Program, folder: Path, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -69,10 +72,15 @@ class Eager(Backend):
             (folder / file).write_text(json.dumps(to_json(stage, keys[name])))
             names = dim_names(stage)
             components[name] = {
-                "file": file, "weights": WEIGHTS, "device": settings["device"], "attention": settings["attention"],
+                "file": file,
+                "weights": WEIGHTS,
+                "device": settings["device"],
+                "attention": settings["attention"],
                 "inputs": [_describe(n.meta.get("name", n.name), n.meta["val"], names) for n in stage.graph.nodes if n.op == "placeholder"],
                 "outputs": [_describe(o, n.meta["val"], names) for o, n in stage.output_nodes.items()],
-                "rows": {str(e.layer): dim_name(stage.output_nodes[f"k.{e.layer}"].meta["val"].shape[2], names) for e in program.kv} if name == "prefill" else {},
+                "rows": {str(e.layer): dim_name(stage.output_nodes[f"k.{e.layer}"].meta["val"].shape[2], names) for e in program.kv}
+                if name == "prefill"
+                else {},
             }
         return components
 
@@ -228,15 +236,18 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
 
 
-def sdpa(q: Any, k: Any, v: Any, mask: Any, q_pos: Any, k_pos: Any, scale: float, causal: bool, window: int, softcap: float, layer: int) -> Any:
-    """`foveate.attention` by torch's fused kernels where they can say it, by its body elsewhere. Valid rows are a prefix (padding on the right)."""
+def sdpa(
+    q: Any, k: Any, v: Any, mask: Any, q_pos: Any, k_pos: Any, scale: float, causal: bool, window: int, softcap: float, layer: int
+) -> Any:
+    """`foveate.attention` by torch's fused kernels where they can say it, by its body elsewhere. Valid rows are a prefix (padding on
+    the right)."""
     import torch
 
     from ...graph.ops import REFERENCE
 
     square = q.shape[2] == k.shape[2]
     key_mask = mask is not None and mask.dim() == 2
-    if softcap or causal and (window or q_pos is not None or not square or mask is not None and not key_mask):
+    if softcap or (causal and (window or q_pos is not None or not square or (mask is not None and not key_mask))):
         return REFERENCE[torch.ops.foveate.attention.default](q, k, v, mask, q_pos, k_pos, scale, causal, window, softcap, layer)
     if causal:
         mask = None  # the causal order hides the padding behind every valid row already
@@ -244,5 +255,7 @@ def sdpa(q: Any, k: Any, v: Any, mask: Any, q_pos: Any, k_pos: Any, scale: float
         mask = mask[:, None, None, :]
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
-    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=bool(causal), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    y = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=bool(causal), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return y.transpose(1, 2).contiguous()

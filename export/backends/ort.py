@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -18,16 +18,26 @@ if TYPE_CHECKING:
     from ..artifact import Artifact
 
 WEIGHTS = "weights.bin"
-TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(int64)": np.int64, "tensor(int32)": np.int32,
-         "tensor(int8)": np.int8, "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_}
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
 
 
 class Ort(Backend):
     """target "ort". options: threads (0 = ONNX Runtime's choice), fuse (False keeps the portable spelling, for comparison)."""
 
     name = "ort"
-    fuses = frozenset({"attention", "attention_varlen", "kv_store", "kv_append", "kv_mask", "keep_tokens", "last_token", "splice_image_features"})
-    options = {"threads": 0, "fuse": True}
+    fuses = frozenset(
+        {"attention", "attention_varlen", "kv_store", "kv_append", "kv_mask", "keep_tokens", "last_token", "splice_image_features"}
+    )
+    options: ClassVar[Mapping[str, Any]] = {"threads": 0, "fuse": True}
 
     def available(self) -> str | None:
         try:
@@ -71,16 +81,33 @@ def _lower_stage(program: Program, name: str, folder: Path, weights: Any, settin
     file = f"components/{name}.onnx"
     save(model, folder / file)
     names = dim_names(stage)
-    rows = {str(e.layer): dim_name(stage.output_nodes[f"k.{e.layer}"].meta["val"].shape[2], names) for e in program.kv} if name == "prefill" else {}
-    return {"file": file, "weights": f"components/{WEIGHTS}", "inputs": _describe(model.graph.input), "outputs": _describe(model.graph.output),
-            "in_place": sorted(contrib.in_place), "rows": rows, "threads": settings["threads"]}
+    rows = (
+        {str(e.layer): dim_name(stage.output_nodes[f"k.{e.layer}"].meta["val"].shape[2], names) for e in program.kv}
+        if name == "prefill"
+        else {}
+    )
+    return {
+        "file": file,
+        "weights": f"components/{WEIGHTS}",
+        "inputs": _describe(model.graph.input),
+        "outputs": _describe(model.graph.output),
+        "in_place": sorted(contrib.in_place),
+        "rows": rows,
+        "threads": settings["threads"],
+    }
 
 
 def _describe(values: Any) -> list[dict[str, Any]]:
     import onnx
 
-    return [{"name": v.name, "dtype": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type)).name,
-             "shape": [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]} for v in values]
+    return [
+        {
+            "name": v.name,
+            "dtype": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type)).name,
+            "shape": [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
+        }
+        for v in values
+    ]
 
 
 class OrtEngine(Engine):
@@ -89,7 +116,9 @@ class OrtEngine(Engine):
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
         self.manifest = artifact.manifest["components"]
         self.layers = [int(entry["layer"]) for entry in artifact.manifest["kv"]]
-        self.sessions = {stage: _session(artifact, stage, part["threads"] if threads is None else threads) for stage, part in self.manifest.items()}
+        self.sessions = {
+            stage: _session(artifact, stage, part["threads"] if threads is None else threads) for stage, part in self.manifest.items()
+        }
         self.in_place = {stage: set(part["in_place"]) for stage, part in self.manifest.items()}
 
     def vision(self, feeds: Arrays) -> Arrays:
@@ -176,7 +205,9 @@ class _Step:
             if which in ("k", "v") and int(layer) in in_place:
                 self.binding.output(output.name, cache.buffers[f"past_{output.name}"])
             else:
-                shape = [cache.batch if isinstance(s, str) else s for s in output.shape]  # logits, new rows and states: B is the only symbol
+                shape = [
+                    cache.batch if isinstance(s, str) else s for s in output.shape
+                ]  # logits, new rows and states: B is the only symbol
                 self.outputs[output.name] = np.empty(shape, TYPES[output.type])
                 self.binding.output(output.name, self.outputs[output.name])
         self.rest = [layer for layer in cache.layers if layer not in in_place or f"past_pos.{layer}" in cache.buffers]
@@ -214,7 +245,9 @@ class _Binding:
     def run(self, names: Collection[str]) -> Arrays:
         """Run, and copy these outputs out."""
         self.session.run_with_iobinding(self.io)
-        return {o.name: value.numpy() for o, value in zip(self.session.get_outputs(), self.io.get_outputs(), strict=True) if o.name in names}
+        return {
+            o.name: value.numpy() for o, value in zip(self.session.get_outputs(), self.io.get_outputs(), strict=True) if o.name in names
+        }
 
 
 def _wanted(session: Any, feeds: Arrays) -> Arrays:
@@ -234,6 +267,10 @@ def _session(artifact: Artifact, stage: str, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(str(artifact.path / artifact.component(stage)["file"]), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(artifact.path / artifact.component(stage)["file"]), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as cause:
-        raise LowerError(f"ort: the stage {stage} of {artifact.path.name} cannot be loaded by onnxruntime {onnxruntime.__version__}: {cause}") from cause
+        raise LowerError(
+            f"ort: the stage {stage} of {artifact.path.name} cannot be loaded by onnxruntime {onnxruntime.__version__}: {cause}"
+        ) from cause

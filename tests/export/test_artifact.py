@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from foveate.export.artifact import MANIFEST, Artifact, Draft
 from foveate.export.errors import LowerError
 
@@ -92,7 +93,10 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(self: Draft, name: str, content: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", name)
 
-    with pytest.raises(LowerError, match=r"writing model failed: No space left on device .*nothing was left behind"), Artifact.create(tmp_path / "model") as draft:
+    with (
+        pytest.raises(LowerError, match=r"writing model failed: No space left on device .*nothing was left behind"),
+        Artifact.create(tmp_path / "model") as draft,
+    ):
         fill(draft)
         monkeypatch.setattr(Draft, "write", full)
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import toy
+from lowering import distance, engine, prompt, rollout
+
 from foveate.export.artifact import Artifact
 from foveate.export.backends import backends, find, register_file
 from foveate.export.errors import LowerError
@@ -20,8 +23,6 @@ from foveate.graph.families import REGISTRY
 from foveate.graph.families._tiny import build
 from foveate.graph.kv_table import derive_kv
 from foveate.passes.methods.drop_fastv import DropFastV
-from helpers import toy
-from lowering import distance, engine, prompt, rollout
 
 EXACT = 2e-5  # relative to the logit scale: float32, the same sums in another order through three layers
 
@@ -56,7 +57,9 @@ def test_llava_on_ort_equals_eager_with_everything_fused(llava, tmp_path):
     ort = engine(llava, tmp_path, "ort", threads=1)
     have, cache = rollout(llava, ort, feeds, steps=5)
     assert distance(have, want) < EXACT
-    assert {"GroupQueryAttention", "RotaryEmbedding", "SkipSimplifiedLayerNormalization", "QuickGelu"} <= kinds(tmp_path, "prefill") & kinds(tmp_path, "decode")
+    assert {"GroupQueryAttention", "RotaryEmbedding", "SkipSimplifiedLayerNormalization", "QuickGelu"} <= kinds(
+        tmp_path, "prefill"
+    ) & kinds(tmp_path, "decode")
     assert not {"Softmax", "Attention", "Transpose"} & kinds(tmp_path, "decode")
     assert ort.manifest["decode"]["in_place"] == ort.manifest["prefill"]["in_place"] == cache.layers
 
@@ -66,7 +69,9 @@ def test_the_fused_graph_equals_the_portable_one(llava, tmp_path):
     fused, _ = rollout(llava, engine(llava, tmp_path / "a", "ort", threads=1), feeds, steps=3)
     plain, _ = rollout(llava, engine(llava, tmp_path / "b", "ort", threads=1, fuse=False), feeds, steps=3)
     assert distance(fused, plain) < EXACT
-    assert {n.domain for n in onnx.load(tmp_path / "b" / "ort" / "components" / "prefill.onnx", load_external_data=False).graph.node} == {""}
+    assert {n.domain for n in onnx.load(tmp_path / "b" / "ort" / "components" / "prefill.onnx", load_external_data=False).graph.node} == {
+        ""
+    }
 
 
 def test_vision_on_ort_equals_eager(llava, tmp_path):
@@ -159,7 +164,9 @@ def test_limits_are_said_before_anything_is_built(tmp_path):
 
     program = toy()
     program.facts = replace(program.facts, dtype="bfloat16")
-    assert find("ort").check(program, {}) == ["ort: the weights are bfloat16, for which the CPU provider has no kernels; load the model in float32"]
+    assert find("ort").check(program, {}) == [
+        "ort: the weights are bfloat16, for which the CPU provider has no kernels; load the model in float32"
+    ]
     with pytest.raises(LowerError, match="bfloat16"):
         find("ort").lower(program, tmp_path, {})
     assert list(tmp_path.iterdir()) == []
@@ -204,7 +211,7 @@ class Counted(Engine):
 
 
 def test_the_run_time_does_without_torch():
-    code = "import sys; import foveate.export.artifact, foveate.export.backends.base, foveate.export.backends.ort; assert 'torch' not in sys.modules"
+    code = "import sys, foveate.export.artifact, foveate.export.backends.ort; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

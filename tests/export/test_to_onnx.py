@@ -9,15 +9,16 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import toy
+from lowering import run_onnx, stage_of
+from torch.export import Dim
+
 from foveate.export.errors import LowerError
 from foveate.export.expand import expand
 from foveate.export.onnx_dialect import PORTABLE, attention_matmul
 from foveate.export.onnx_registry import EMITTERS
 from foveate.export.onnx_weights import WeightFile
 from foveate.export.to_onnx import to_onnx
-from helpers import toy
-from lowering import run_onnx, stage_of
-from torch.export import Dim
 
 foveate = torch.ops.foveate
 B, S = Dim("B", min=2, max=64), Dim("S", min=5, max=512)
@@ -30,7 +31,17 @@ FLOATS = {  # functions of X[B, S, 8], Y[B, S, 8] with B and S symbolic
     "arithmetic": lambda x, y: (x + 2 * y) / (1.5 - x.abs()) - y.neg(),
     "alpha": lambda x, y: torch.add(x, y, alpha=3),
     "floor_division": lambda x, y: (x // 0.3, torch.remainder(x, 0.7), torch.div(x, y, rounding_mode="trunc")),
-    "unary": lambda x, y: (x.sin().exp(), x.cos().tanh(), x.sigmoid(), x.abs().sqrt(), x.abs().rsqrt(), (x.abs() + 1).log(), x.floor(), x.ceil(), x.round()),
+    "unary": lambda x, y: (
+        x.sin().exp(),
+        x.cos().tanh(),
+        x.sigmoid(),
+        x.abs().sqrt(),
+        x.abs().rsqrt(),
+        (x.abs() + 1).log(),
+        x.floor(),
+        x.ceil(),
+        x.round(),
+    ),
     "activations": lambda x, y: (F.silu(x), F.gelu(x), F.gelu(x, approximate="tanh"), F.relu(x), F.softplus(x)),
     "powers": lambda x, y: (x.pow(2), x.abs().pow(1.5), x.abs() ** y, x.square()),
     "clamp": lambda x, y: (x.clamp(-0.5, 0.5), x.clamp(min=0.1), x.clamp(max=0.2), torch.maximum(x, y), torch.minimum(x, y)),
@@ -45,7 +56,13 @@ FLOATS = {  # functions of X[B, S, 8], Y[B, S, 8] with B and S symbolic
     "topk_sort": lambda x, y: (*x.topk(3, 2), *x.sort(2, descending=True), x.argsort(1)),
     "layer_norm": lambda x, y: (F.layer_norm(x, (8,), y[0, 0], y[0, 1]), F.layer_norm(x, (8,)), F.rms_norm(x, (8,), y[0, 0], 1e-5)),
     "matmul": lambda x, y: (x @ y.transpose(1, 2), torch.bmm(x, y.mT), torch.einsum("bsd,btd->bst", x, y)),
-    "views": lambda x, y: (x.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2), x.flatten(1), x.reshape(-1, 8), x.unflatten(2, (4, 2)), x.permute(2, 0, 1)),
+    "views": lambda x, y: (
+        x.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2),
+        x.flatten(1),
+        x.reshape(-1, 8),
+        x.unflatten(2, (4, 2)),
+        x.permute(2, 0, 1),
+    ),
     "squeeze": lambda x, y: (x.unsqueeze(1).squeeze(1), x[:, :1].squeeze(1), x[None].squeeze(0)),
     "expand": lambda x, y: (x[:, :1].expand(-1, y.shape[1], -1), x[:1].expand_as(y), x[:, None].expand(-1, 3, -1, -1)),
     "slices": lambda x, y: (x[:, 1:], x[..., :-2], x[:, -1], x[:, :, 1::2], x[:, 0], x.narrow(2, 2, 3), x[:, x.shape[1] - 2 :]),
@@ -54,8 +71,19 @@ FLOATS = {  # functions of X[B, S, 8], Y[B, S, 8] with B and S symbolic
     "repeat": lambda x, y: (x.repeat(1, 2, 1), x.repeat_interleave(3, 1), x.repeat_interleave(2, -1), x.tile(2)),
     "roll_flip": lambda x, y: (x.roll(2, 1), x.roll((1, -2), (1, 2)), x.flip(1)),
     "pad": lambda x, y: (F.pad(x, (1, 2)), F.pad(x, (0, 0, 3, 1), value=2.0), F.pad(x > 0, (0, 1))),
-    "make": lambda x, y: (torch.zeros_like(x), torch.full_like(x, 2), x.new_ones(x.shape[1], 3), torch.arange(x.shape[1]), torch.full((x.shape[0], 2), -1)),
-    "arange": lambda x, y: (torch.arange(3, 9, 2), torch.arange(x.shape[1])[None] - 1, torch.linspace(0, 1, 5), torch.arange(2.0, 4.0, 0.5)),
+    "make": lambda x, y: (
+        torch.zeros_like(x),
+        torch.full_like(x, 2),
+        x.new_ones(x.shape[1], 3),
+        torch.arange(x.shape[1]),
+        torch.full((x.shape[0], 2), -1),
+    ),
+    "arange": lambda x, y: (
+        torch.arange(3, 9, 2),
+        torch.arange(x.shape[1])[None] - 1,
+        torch.linspace(0, 1, 5),
+        torch.arange(2.0, 4.0, 0.5),
+    ),
     "triangle": lambda x, y: ((x @ y.mT).tril(), (x @ y.mT > 0).triu(1)),
     "cast": lambda x, y: (x.long(), (x > 0).float(), x.double().float(), x.to(torch.int32), y.type_as(x)),
     "scatter": lambda x, y: (x.slice_scatter(y[:, :2], 1, 1, 3), torch.zeros_like(x).scatter(2, (x > 0).long(), y)),
@@ -100,10 +128,18 @@ def test_indexing_operator(name, tmp_path):
 PICTURES = {
     "conv": lambda x: (F.conv2d(x, IMAGE[:2, :, :3, :3], stride=2, padding=1), F.conv1d(x[:, :, 0], IMAGE[:2, :, 0, :3])),
     "pool": lambda x: (F.avg_pool2d(x, 2), F.max_pool2d(x, 2), F.adaptive_avg_pool2d(x, 4), F.adaptive_avg_pool2d(x, 1)),
-    "resize": lambda x: (F.interpolate(x, (12, 16), mode="bilinear"), F.interpolate(x, (5, 4), mode="bicubic"), F.interpolate(x, (16, 16), mode="nearest"),
-                         F.interpolate(x, (12, 12), mode="bilinear", align_corners=True)),
+    "resize": lambda x: (
+        F.interpolate(x, (12, 16), mode="bilinear"),
+        F.interpolate(x, (5, 4), mode="bicubic"),
+        F.interpolate(x, (16, 16), mode="nearest"),
+        F.interpolate(x, (12, 12), mode="bilinear", align_corners=True),
+    ),
     "antialias": lambda x: F.interpolate(x, (5, 6), mode="bilinear", antialias=True),
-    "more": lambda x: (F.unfold(x, 2, stride=2), F.conv2d(x, IMAGE[:2, :, :2, :2], padding="same"), F.grid_sample(x, x[:, :2].permute(0, 2, 3, 1))),
+    "more": lambda x: (
+        F.unfold(x, 2, stride=2),
+        F.conv2d(x, IMAGE[:2, :, :2, :2], padding="same"),
+        F.grid_sample(x, x[:, :2].permute(0, 2, 3, 1)),
+    ),
     "shuffle": lambda x: (F.pixel_shuffle(x.repeat(1, 4, 1, 1), 2), F.group_norm(x.repeat(1, 2, 1, 1), 2)),
 }
 
@@ -132,10 +168,16 @@ def attention_case(mask: str, causal: bool, window: int = 0, softcap: float = 0.
 
 
 ATTENTIONS = {
-    "free": attention_case("none", False), "causal": attention_case("none", True), "keys": attention_case("keys", True),
-    "bool": attention_case("bool", False), "float": attention_case("float", True), "window": attention_case("none", True, window=3),
-    "positions": attention_case("none", True, window=5, positions=True), "softcap": attention_case("keys", True, softcap=2.0),
-    "one_group": attention_case("none", True, groups=1), "all_heads": attention_case("keys", True, groups=4),
+    "free": attention_case("none", False),
+    "causal": attention_case("none", True),
+    "keys": attention_case("keys", True),
+    "bool": attention_case("bool", False),
+    "float": attention_case("float", True),
+    "window": attention_case("none", True, window=3),
+    "positions": attention_case("none", True, window=5, positions=True),
+    "softcap": attention_case("keys", True, softcap=2.0),
+    "one_group": attention_case("none", True, groups=1),
+    "all_heads": attention_case("keys", True, groups=4),
 }
 
 
@@ -170,7 +212,10 @@ def test_dialect(name, portable, tmp_path):
     stage = stage_of(DIALECT[name], (X, I), None if name == "varlen" else [{0: B, 1: S}, {0: B, 1: S}])
     rows = 5 if name == "varlen" else 6
     generator = torch.Generator().manual_seed(3)
-    feeds = {"in0": torch.randn(2, rows, 8, generator=generator), "in1": torch.stack([torch.randperm(rows, generator=generator) for _ in range(2)])}
+    feeds = {
+        "in0": torch.randn(2, rows, 8, generator=generator),
+        "in1": torch.stack([torch.randperm(rows, generator=generator) for _ in range(2)]),
+    }
     if name == "splice":
         feeds["in1"] = torch.tensor([[3, 0, 4, 1, 1, 0], [0, 4, 1, 1, 5, 0]])
     got = run_onnx(stage, feeds, tmp_path, emitters=None if portable else dict.fromkeys(PORTABLE))
@@ -183,7 +228,12 @@ def test_the_toy_program(tmp_path):
     program = toy()
     feeds = {"vision": program.example["vision"], "prefill": program.example["prefill"]}
     past = {f"past_{w}.{i}": torch.randn(2, 1, 3 + i, 4) for i in range(3) for w in "kv"}
-    feeds["decode"] = {"input_ids": torch.tensor([[1], [2]]), "position_ids": torch.full((2, 1), 10), "lengths": torch.tensor([[1, 3], [2, 4], [3, 5]]), **past}
+    feeds["decode"] = {
+        "input_ids": torch.tensor([[1], [2]]),
+        "position_ids": torch.full((2, 1), 10),
+        "lengths": torch.tensor([[1, 3], [2, 4], [3, 5]]),
+        **past,
+    }
     for name, stage in program.stages.items():
         got, want = run_onnx(stage, feeds[name], tmp_path), stage.run(feeds[name])
         for key in want:
@@ -198,7 +248,12 @@ def test_names_and_sizes():
         return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
 
     onnx.checker.check_model(prefill, full_check=True)
-    assert shapes(prefill.graph.input) == {"input_ids": ["B", "S"], "image_features": ["B", "N", 4], "position_ids": ["B", "S"], "attention_mask": ["B", "S"]}
+    assert shapes(prefill.graph.input) == {
+        "input_ids": ["B", "S"],
+        "image_features": ["B", "N", 4],
+        "position_ids": ["B", "S"],
+        "attention_mask": ["B", "S"],
+    }
     assert shapes(prefill.graph.output)["k.2"] == ["B", 1, "S", 4]
     assert shapes(decode.graph.input)["past_v.1"] == ["B", 1, "P1", 4]
 
