@@ -27,7 +27,8 @@ Fail = Callable[[str], PassError]
 
 
 def tower(program: Program, fail: Fail) -> tuple[dict[int, Node], Node]:
-    """(layer -> its first node, the patches behind the tower); refused where tokens of an image are not one sequence with one feature per patch behind it."""
+    """(layer -> its first node, the patches behind the tower); refused where tokens of an image are not one sequence with one feature per
+    patch behind it."""
     place = find_place(program, ("grid",), False, fail)
     if place.flat or program.facts.features_per_image not in (None, program.facts.tokens_per_image):
         raise fail(f"works inside the tower, and {program.facts.model_type} merges patches behind it")
@@ -66,9 +67,11 @@ def residual_after(stage: Stage, attention: Node, fail: Fail) -> Node:
 
 
 def substitute(stage: Stage, old: Node, new: Node, readers: Collection[Node], among: Collection[Node] | None = None) -> None:
-    """Let `readers` of `old` read `new`, a sequence of another length, and set the sizes that follow, in all that depends on them (or `among` them).
+    """Let `readers` of `old` read `new`, a sequence of another length, and set the sizes that follow, in all that depends on them (or
+    `among` them).
 
-    Sizes that are fixed numbers in view, reshape and expand are those of the old length; which axis is the tokens' is tracked from `old` on.
+    Sizes that are fixed numbers in view, reshape and expand are those of the old length; which axis is the tokens' is tracked from `old`
+    on.
     """
     length = new.meta["val"].shape[1]
     axis: dict[Node, int] = {old: 1}
@@ -105,10 +108,11 @@ def _axis(node: Node, source: Node, axis: int) -> int | None:
         return 1
     if node.target in (aten.unsqueeze.default,):
         return axis + (node.args[1] % (before.dim() + 1) <= axis)
-    if node.target is aten.slice.Tensor or value.dim() == before.dim() and node.target not in SHAPED:
+    if node.target is aten.slice.Tensor or (value.dim() == before.dim() and node.target not in SHAPED):
         return axis
     if node.target in SHAPED or node.target is aten.flatten.using_ints:
-        return next((i for i in range(value.dim()) if str(value.shape[i]) == str(before.shape[axis]) and _product(value, i) == _product(before, axis)), None)
+        size, ahead = str(before.shape[axis]), _product(before, axis)
+        return next((i for i in range(value.dim()) if str(value.shape[i]) == size and _product(value, i) == ahead), None)
     return None
 
 

@@ -36,7 +36,8 @@ class Place:
 def find_place(program: Program, names: Collection[str], after_projector: bool, fail: Fail) -> Place:
     """Before the projector where there is one patch per token, so that the projector works less; else behind it, patches pooled per token.
 
-    Refused by name: no fixed number of tokens per image, a CLS or attention asked for that is not there, tokens that an earlier pass already chose
+    Refused by name: no fixed number of tokens per image, a CLS or attention asked for that is not there, tokens that an earlier pass
+    already chose
     or merged when their attention is asked for.
     """
     stage, facts = program["vision"], program.facts
@@ -81,7 +82,8 @@ def _attentions(stage: Stage, tokens: int, fail: Fail) -> tuple[Node, ...]:
 
 
 def _patches(stage: Stage, last: Node, n: int, fail: Fail) -> Node:
-    """The patches as the projector gets them: what the last vision layer returns, or, with a CLS token, the [images, n, Dv] sliced from it."""
+    """The patches as the projector gets them: what the last vision layer returns, or, with a CLS token, the [images, n, Dv] sliced from
+    it."""
     nodes = list(stage.graph.nodes)
     behind: set[Node] = {last}
     found = None

@@ -44,7 +44,8 @@ def one_hot(index: Tensor, n: int) -> Tensor:
 def grouped(x: Tensor, size: int) -> Tensor:
     """x[I, ...] -> [G + 1, size, ...]: consecutive images together, the last group filled up with the last image, and one spare group
 
-    The spare one keeps the number of groups a symbol: with fewer images than `size` in the example it would be traced as the number 1. No grouping, no spare.
+    The spare one keeps the number of groups a symbol: with fewer images than `size` in the example it would be traced as the number 1. No
+    grouping, no spare.
     """
     if size == 1:
         return x[:, None]

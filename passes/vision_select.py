@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from ..graph.program import Program
 from ..graph.retype import reroute, retype
@@ -27,13 +26,16 @@ Mode = Literal["fixed", "parity"]
 
 @dataclass(frozen=True)
 class VisionReduce(Pass):
-    """Bring fewer tokens per image to the language model (W2, or W3 where the projector merges patches or the method reads projected tokens).
+    """Bring fewer tokens per image to the language model (W2, or W3 where the projector merges patches or the method reads projected
+    tokens).
 
     rewrite:
         x[images, n, Dv] -> projector  =>  plan.apply(x)[images, keep, Dv] -> projector
 
-    keep: tokens per image (int), or a share in (0, 1], rounded up. The prefill sees a shorter image: its graph does not change, positions are compact.
-    A method overrides `plan`; `reads` names the signals it wants (see vision_signals). What they cannot be had from is refused by name; `text`
+    keep: tokens per image (int), or a share in (0, 1], rounded up. The prefill sees a shorter image: its graph does not change, positions
+    are compact.
+    A method overrides `plan`; `reads` names the signals it wants (see vision_signals). What they cannot be had from is refused by name;
+    `text`
     and `saliency` become inputs of the vision stage, listed in facts.vision_extra, so that a runtime supplies or refuses them by name.
     """
 
@@ -128,7 +130,8 @@ class VisionSelect(VisionReduce):
     rewrite:
         x[images, n, Dv] -> projector  =>  i = compact(top(score, keep))[images, keep];  keep_tokens(x, i) -> projector
 
-    A method overrides `score` (-> [images, n], larger is better) or `choose` (-> index[images, keep]); the names of the arguments say what it reads.
+    A method overrides `score` (-> [images, n], larger is better) or `choose` (-> index[images, keep]); the names of the arguments say what
+    it reads.
     """
 
     def score(self, **signals: Any) -> Tensor:

@@ -1,4 +1,5 @@
-"""Seeded random inputs of the parity tests, from numpy's frozen legacy generator: the same numbers on every machine and in every version."""
+"""Seeded random inputs of the parity tests, from numpy's frozen legacy generator: the same numbers on every machine and in every
+version."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def draw(seed: int, *shape: int, gain: float = 1.0) -> Tensor:
 
 
 def signals(seed: int, images: int = 1, grid: tuple[int, int] = (6, 8), heads: int = 2, width: int = 4, layers: int = 1, merged: int = 0) -> Signals:
-    """features[images, n, heads width], and q, k of `layers` layers over CLS + n tokens; the features are close to the keys, as in a tower."""
+    """features[images, n, heads width], and q, k of `layers` layers over CLS + n tokens; the features are close to the keys, as in a
+    tower."""
     n = grid[0] * grid[1]
     found = []
     for layer in range(layers):

@@ -11,7 +11,8 @@ def dpp_tokens(kernel: Tensor, k: int, floor: float) -> Tensor:
     """kernel[B, T, T] positive semidefinite, 1 <= k <= T  ->  index[B, k], in the order of choice
 
     Each step takes the token with the largest gain in log-determinant and updates the gains from one row of the kernel (Chen et al. 2018).
-    Gains below `floor` count as `floor`, so that a kernel of lower rank than k chooses the remaining tokens by index; floor = 0 is the published
+    Gains below `floor` count as `floor`, so that a kernel of lower rank than k chooses the remaining tokens by index; floor = 0 is the
+    published
     arithmetic, which divides by zero there.
     """
     kernel = kernel.float()

@@ -10,8 +10,10 @@ from ._define import op
 def farthest_tokens(x: Tensor, k: int, repeat: bool) -> Tensor:
     """x[B, T, D], 1 <= k <= T  ->  index[B, k], in the order of choice, by cosine distance
 
-    First the token that is farthest from its nearest other, then k - 1 times the one whose nearest chosen token is farthest: a running minimum,
-    one row of the distances per step, no recomputation. Ties go to the lower index. `repeat` lets a chosen token be chosen again, which happens
+    First the token that is farthest from its nearest other, then k - 1 times the one whose nearest chosen token is farthest: a running
+    minimum,
+    one row of the distances per step, no recomputation. Ties go to the lower index. `repeat` lets a chosen token be chosen again, which
+    happens
     when every other one is a duplicate of a chosen one.
     """
     x = x.float()

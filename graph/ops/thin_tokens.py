@@ -10,7 +10,8 @@ from ._define import op
 def thin_tokens(x: Tensor, order: Tensor, k: int, step: int) -> Tensor:
     """x[B, T, D], order[B, R] candidates, 1 <= k <= R  ->  index[B, k], the candidates that stay
 
-    Again and again: pair the candidates at even places with those at odd places, remove the `step` even ones that are most similar (cosine) to an
+    Again and again: pair the candidates at even places with those at odd places, remove the `step` even ones that are most similar
+    (cosine) to an
     odd one, and go on with [remaining even ones by falling similarity, odd ones]. The cosines are computed once and gathered.
     """
     x = x.float()

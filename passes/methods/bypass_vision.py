@@ -26,8 +26,10 @@ class BypassVision(Pass):
     rewrite, in every vision layer l of `layers` with its share `keep`:
         stays = CLS and top(score, keep n);  x[images, T, D] -> scatter_tokens(x, layer(keep_tokens(x, stays)), stays)
 
-    Liu et al., "Revisiting Token Pruning for Object Detection and Instance Segmentation" (WACV 2024): dense outputs keep every token. The published
-    selector is a trained two-logit MLP per layer with a rate per picture; here the score is the attention of the layer before (of its CLS token,
+    Liu et al., "Revisiting Token Pruning for Object Detection and Instance Segmentation" (WACV 2024): dense outputs keep every token. The
+    published
+    selector is a trained two-logit MLP per layer with a rate per picture; here the score is the attention of the layer before (of its CLS
+    token,
     else what a token receives) and the rate is fixed: 0.7, 0.49, 0.343 over three groups of layers.
     """
 

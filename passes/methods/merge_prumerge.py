@@ -19,12 +19,16 @@ class MergePruMerge(VisionMerge):
     """
     rewrite:
         a = softmax(q_cls k^T / sqrt(H D)) over all heads as one;  chosen = top(a) plus, for PruMerge+, evenly spaced others
-        y_i = x_i + sum of a_j x_j over its `neighbours` nearest keys (cosine), for every chosen i;  y_last = sum of a_j x_j over all not chosen
+        y_i = x_i + sum of a_j x_j over its `neighbours` nearest keys (cosine), for every chosen i;  y_last = sum of a_j x_j over all not
+        chosen
         merge_tokens(patches, those weights)[images, keep] -> projector
 
-    Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models" (ICCV 2025). The weights a_j are not normalised.
-    Reads the last vision layer that the features come from; the published code reads the one behind it, which a captured tower does not have.
-    fixed: `keep` tokens with the summary, `uniform` of them evenly spaced (PruMerge+), in reading order. How many tokens are outliers varies per
+    Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models" (ICCV 2025). The weights a_j are not
+    normalised.
+    Reads the last vision layer that the features come from; the published code reads the one behind it, which a captured tower does not
+    have.
+    fixed: `keep` tokens with the summary, `uniform` of them evenly spaced (PruMerge+), in reading order. How many tokens are outliers
+    varies per
     picture, and a compiled prompt does not: the count is the budget.
     parity: the published count (attention above Q3 + 1.5 IQR, pooled over the batch) and order (by attention, then the grid of PruMerge+ if
     uniform > 0, then the summary); rows up to `keep` are zeros.
@@ -67,4 +71,5 @@ class MergePruMerge(VisionMerge):
             at = torch.arange(n, device=a.device)[None]
             key = torch.where((key == 3 * n) & (at % step == 0) & (at < n - 1), n + at, key)
         ordered = key.sort(1)
-        return torch.where(ordered.values < 3 * n, ordered.indices, -1)[:, : count - 1], (key < 3 * n).sum(1, keepdim=True).clamp(max=count - 1)
+        kept = torch.where(ordered.values < 3 * n, ordered.indices, -1)[:, : count - 1]
+        return kept, (key < 3 * n).sum(1, keepdim=True).clamp(max=count - 1)

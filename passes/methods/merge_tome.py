@@ -19,6 +19,11 @@ from ..vision_signals import cosine
 F = torch.ops.foveate
 
 
+def log_sizes(q: Tensor, size: Tensor) -> Tensor:
+    """q[I, H, T, D], size[I, T] -> mask[I, 1, T, T]"""
+    return size.log()[:, None, None].expand(-1, 1, q.shape[2], -1)
+
+
 @dataclass(frozen=True)
 class MergeToMe(Pass):
     """
@@ -26,7 +31,8 @@ class MergeToMe(Pass):
         a = tokens at even places (CLS among them, immune), b = those at odd ones;  each a has its nearest b (cosine of the mean key)
         x[images, T, D]  ->  [a without its r closest | b, each with its a's merged in, weighted by how many patches each stands for]
 
-    Bolya et al., "Token Merging: Your ViT But Faster" (ICLR 2023). r per layer, the same in all (inflect 0), falling (-1) or rising (1) over depth; at most
+    Bolya et al., "Token Merging: Your ViT But Faster" (ICLR 2023). r per layer, the same in all (inflect 0), falling (-1) or rising (1)
+    over depth; at most
     half of the tokens. proportional: attention logits get + log(patches a token stands for), as for trained models.
     fixed: tokens leave the tower in the order of the patches they stand for. parity: in the order of the merging.
     """
@@ -47,7 +53,7 @@ class MergeToMe(Pass):
         for layer, r in zip(found, self.schedule(len(found)), strict=True):
             attention = attention_in(program, layer, self.fail)
             if state and self.proportional:
-                attention.update_arg(3, splice(stage, attention, lambda q, size: size.log()[:, None, None].expand(-1, 1, q.shape[2], -1), attention.args[0], state[0]))
+                attention.update_arg(3, splice(stage, attention, log_sizes, attention.args[0], state[0]))
             x = residual_after(stage, attention, self.fail)
             r = min(r, (x.meta["val"].shape[1] - cls) // 2)
             if r == 0:

@@ -21,7 +21,8 @@ class MergeVisionZip(VisionMerge):
         of the others, every s-th is a target (s = n_rest // c), and the rest goes to the target with the most similar key (mean over heads)
         merge_tokens(patches, [one row per dominant token; one row per target]) -> projector
 
-    Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models" (CVPR 2025). 64 = 54 + 10, 128 = 108 + 20, 192 = 162 + 30.
+    Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models" (CVPR 2025). 64 = 54 + 10, 128 = 108 + 20, 192 =
+    162 + 30.
     fixed: a contextual token is the mean of its target and what was assigned to it; patches only.
     parity: it is the target plus the mean of the assigned ones (about twice the norm), and the CLS token is the first dominant token.
     """
@@ -43,7 +44,8 @@ class MergeVisionZip(VisionMerge):
         rest = torch.ops.foveate.compact_tokens(one_hot(dominant, n).sum(1) == 0, n - dominant.shape[1])
         step = max(1, rest.shape[1] // groups)
         target = rest[:, : step * groups : step]
-        to = one_hot(cosine(torch.ops.foveate.keep_tokens(key_mean, rest), torch.ops.foveate.keep_tokens(key_mean, target)).argmax(-1), groups)
+        of_rest, of_target = (torch.ops.foveate.keep_tokens(key_mean, i) for i in (rest, target))
+        to = one_hot(cosine(of_rest, of_target).argmax(-1), groups)
         free = ~(rest[..., None] == target[:, None]).any(-1)
         assigned = to.transpose(1, 2) * free[:, None]  # [I, groups, rest]
         size = assigned.sum(-1, keepdim=True)

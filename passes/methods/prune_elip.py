@@ -16,7 +16,6 @@ from ...graph.splice import splice
 from ..base import Pass
 from ..vision_layers import attention_in, entry, finish, substitute, tower
 from ..vision_place import external
-from ..vision_plan import one_hot
 
 F = torch.ops.foveate
 
@@ -28,8 +27,10 @@ class PruneElip(Pass):
         x' = x with CLS' = own CLS + (1 - own) text, through the next `ahead` layers;  a = mean_h attention of its CLS in the last of them
         x[images, T, D]  ->  [CLS | top(a, floor(n keep)) of x in order | sum of a_j x_j over the others, a scaled to sum 1]
 
-    Guo et al., "ELIP: Efficient Language-Image Pre-training with Fewer Vision Tokens" (2023): ViT-B layers 2, 4, 10, ahead 2, 6, 2, keep 0.9, 0.65, 0.4.
-    The text vector is an input of the vision stage, text[images, Dv], in the space of the vision tower (the paper: a jointly trained text encoder).
+    Guo et al., "ELIP: Efficient Language-Image Pre-training with Fewer Vision Tokens" (2023): ViT-B layers 2, 4, 10, ahead 2, 6, 2, keep
+    0.9, 0.65, 0.4.
+    The text vector is an input of the vision stage, text[images, Dv], in the space of the vision tower (the paper: a jointly trained text
+    encoder).
     The looking ahead runs those layers twice; the gain is in the language model, not in the tower.
     """
 
@@ -46,7 +47,8 @@ class PruneElip(Pass):
         if not facts.has_cls:
             raise self.fail(f"needs a vision tower with a CLS token; that of {facts.model_type} has none")
         if not len(self.layers) == len(self.ahead) == len(self.keep):
-            raise self.fail(f"layers, ahead and keep belong together, and they are {len(self.layers)}, {len(self.ahead)} and {len(self.keep)} long")
+            long = f"{len(self.layers)}, {len(self.ahead)} and {len(self.keep)} long"
+            raise self.fail(f"layers, ahead and keep belong together, and they are {long}")
         if far := [a + b - 1 for a, b in zip(self.layers, self.ahead, strict=True) if a + b - 1 > max(found)]:
             raise self.fail(f"looks ahead to vision layer {far[0]}; the features come from layers {min(found)}..{max(found)}")
         place = None
@@ -55,7 +57,7 @@ class PruneElip(Pass):
             images, _, width = x.meta["val"].shape
             text, readers = external(program, "text", images, width, x.meta["val"].dtype), list(x.users)
             seen = splice(stage, first, lambda x, t: torch.cat([self.own * x[:, :1] + (1 - self.own) * t[:, None], x[:, 1:]], 1), x, text)
-            q, k, mask, scale = look_ahead(stage, program, layer, layer + ahead - 1, x, seen, first, self)
+            q, k, scale = look_ahead(stage, program, layer, layer + ahead - 1, x, seen, first, self)
             count = int(facts.visual_per_image * keep)
 
             def fewer(x: Tensor, q: Tensor, k: Tensor, *before: Tensor, count: int = count, scale: float = scale) -> tuple[Tensor, Tensor]:
@@ -82,15 +84,15 @@ class PruneElip(Pass):
         return x, torch.nn.functional.pad(place.gather(1, index), (0, 1), value=-1)
 
 
-def look_ahead(stage: Stage, program: Program, start: int, end: int, x: Node, seen: Node, before: Node, method: Pass) -> tuple[Node, Node, Node | None, float]:
-    """Copy layers start..end as far as the attention of `end`, reading `seen` for `x`; returns its q, k, mask, scale."""
+def look_ahead(stage: Stage, program: Program, start: int, end: int, x: Node, seen: Node, before: Node, method: Pass) -> tuple[Node, Node, float]:
+    """Copy layers start..end as far as the attention of `end`, reading `seen` for `x`; returns its q, k, scale."""
     last = attention_in(program, end, method.fail)
     if last.args[3] is not None:
         raise method.fail(f"vision layer {end} has a mask")
     image, pattern = {x: seen}, re.compile(program.facts.vision_layer_path)
-    inside = [n for n in stage.graph.nodes if n.op == "call_function" and (layer_of(n, pattern) or 0) in range(start, end + 1) and layer_of(n, pattern) is not None]
+    inside = [n for n in stage.graph.nodes if n.op == "call_function" and start <= (-1 if (l := layer_of(n, pattern)) is None else l) <= end]
     with stage.graph.inserting_before(before):
         for node in inside[: inside.index(last)]:
             image[node] = stage.graph.node_copy(node, lambda n: image.get(n, n))
             image[node].meta = {"val": node.meta["val"]}
-    return image[last.args[0]], image[last.args[1]], None, last.args[6]
+    return image[last.args[0]], image[last.args[1]], last.args[6]

@@ -22,9 +22,11 @@ class PruneGlobalCom2(VisionSelect):
         the thumbnail keeps its top floor(keep);  crop c keeps floor(n min(1, keep/n (1 + p_c - 1/C))) by b_c/|b_c| + g_c/|g_c|,
         g_c = the thumbnail's b, resized to all crops (bilinear), cut to crop c;  keep_tokens(projected tokens, i)
 
-    Liu et al., "Compression with Global Guidance: Towards Training-free High-Resolution MLLMs Acceleration" (AAAI 2026); 25%, temperature 10.
+    Liu et al., "Compression with Global Guidance: Towards Training-free High-Resolution MLLMs Acceleration" (AAAI 2026); 25%, temperature
+    10.
     The stage's images are, in turn, a thumbnail and its rows x columns crops, all of the same size without padding.
-    fixed: tokens that flooring leaves go to the best-scored ones anywhere. parity: they are lost (rows of zeros), the thumbnail's come by falling b.
+    fixed: tokens that flooring leaves go to the best-scored ones anywhere. parity: they are lost (rows of zeros), the thumbnail's come by
+    falling b.
     """
 
     name: ClassVar[str] = "prune-globalcom2"
@@ -82,7 +84,8 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _bilinear(size: int, wanted: int, device: torch.device) -> Tensor:
-    """[wanted, size]: the weights of a resize along one axis, corners not aligned (a constant; a resize operator is another thing on each backend)"""
+    """[wanted, size]: the weights of a resize along one axis, corners not aligned (a constant; a resize operator is another thing on each
+    backend)"""
     weight = [[0.0] * size for _ in range(wanted)]
     for i in range(wanted):
         at = max((i + 0.5) * size / wanted - 0.5, 0.0)

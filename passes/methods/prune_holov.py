@@ -62,8 +62,8 @@ class PruneHoloV(VisionSelect):
         likeness = cosine(features) * (same * (torch.arange(n, device=a.device)[:, None] != torch.arange(n, device=a.device)))
         mean = likeness.sum(-1, keepdim=True) / others[:, None]
         variance = ((likeness - mean).square() * same).sum(-1) / others
-        per_part = (lambda x: (x.abs() @ member / member.sum(0)) @ member.T)
-        return 1e3 * a + self.alpha * variance * per_part(1e3 * a) / (per_part(variance) + 1e-6)
+        attended, varied = ((x.abs() @ member / member.sum(0)) @ member.T for x in (1e3 * a, variance))
+        return 1e3 * a + self.alpha * variance * attended / (varied + 1e-6)
 
     def quota(self, score: Tensor, count: int) -> Tensor:
         """score[I, P] -> tokens per stretch: the floor of its share, and one more each for the largest while tokens are left"""

@@ -17,7 +17,8 @@ class PruneVtcCls(VisionSelect):
         p_l[images, H, 1, 1 + n] = attention_rows(q_l, k_l, row 0)     for every vision layer l >= start
         i = compact(top(sum_l mean_h p_l[1:], keep));  keep_tokens(patches, i) -> projector
 
-    Wang et al., "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs" (2024). 256, 128 or 64 patches of 576. Which layer to start
+    Wang et al., "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs" (2024). 256, 128 or 64 patches of 576. Which layer
+    to start
     from is an argument of the published scripts without a recommended value; 0 sums all layers that the features come from.
     """
 
@@ -29,5 +30,5 @@ class PruneVtcCls(VisionSelect):
 
     def score(self, cls_layers: Tensor) -> Tensor:
         if self.start >= cls_layers.shape[1]:
-            raise self.fail(f"start={self.start}, and the features come from the {cls_layers.shape[1]} vision layers 0..{cls_layers.shape[1] - 1}")
+            raise self.fail(f"start={self.start}, and the features come from the vision layers 0..{cls_layers.shape[1] - 1}")
         return cls_layers[:, self.start :].mean(2).sum(1)

@@ -104,7 +104,8 @@ def test_degenerate_pictures_keep_exactly_the_budget(method, picture):
 
 
 def test_merged_tokens_pool_their_patches_or_are_refused(name):
-    """4 x 6 patches, 2 x 2 of them a token: 6 tokens of a 2 x 3 grid; after the projector, whatever the method reads is a mean over blocks."""
+    """4 x 6 patches, 2 x 2 of them a token: 6 tokens of a 2 x 3 grid; after the projector, whatever the method reads is a mean over
+    blocks."""
     method = make(name, {"keep": 3})
     program = towers.tower(grid=(4, 6), merge=2)
     assert method.run(program)
@@ -183,7 +184,8 @@ def test_a_text_vector_is_an_input_by_name():
 
 
 def test_no_method_needs_a_layer_s_whole_attention(method):
-    """Scores come from `attention_rows`, `attention_columns` or keys: no other softmax than PruMerge's one row or GlobalCom2's over crops."""
+    """Scores come from `attention_rows`, `attention_columns` or keys: no other softmax than PruMerge's one row or GlobalCom2's over
+    crops."""
     program = reduced(method)
     for node in program["vision"].graph.nodes:
         if "softmax" in str(node.target):

@@ -1,6 +1,8 @@
-"""Every method in parity with its published code: outputs of the official functions on 100 seeded inputs, replayed from tests/golden/parity.
+"""Every method in parity with its published code: outputs of the official functions on 100 seeded inputs, replayed from
+tests/golden/parity.
 
-Each golden file names repository, commit and function. Inputs come from tests/vision_inputs.py; the foreign code is not part of this project.
+Each golden file names repository, commit and function. Inputs come from tests/vision_inputs.py; the foreign code is not part of this
+project.
 """
 
 from dataclasses import replace
