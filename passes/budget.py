@@ -7,7 +7,8 @@ from torch import Tensor
 def rank_in_group(score: Tensor, group: Tensor, present: Tensor) -> Tensor:
     """score[B, T], group[B, T] int, present[B, T] bool  ->  rank[B, T]: how many present tokens of the same group come first
 
-    Higher scores first, ties by position. The k tokens of smallest rank over the whole row are split evenly over the groups, so minus the rank is a score.
+    Higher scores first, ties by position. The k tokens of smallest rank over the whole row are split evenly over the groups, so minus the
+    rank is a score.
     """
     at = torch.arange(score.shape[1], device=score.device)
     ahead = (score[:, None, :] > score[:, :, None]) | ((score[:, None, :] == score[:, :, None]) & (at[None, None] < at[None, :, None]))

@@ -24,9 +24,10 @@ class Bypass(Reduce):
     """In each of `layers` only text and the best `keep` visual tokens take part; the rest pass on their residual stream as it is.
 
     rewrite:
-        h' = layer(h, masks, cos, ...)  ->  i = compact(text or top(score, keep));  h' = scatter_tokens(h, layer(h[i], masks[i], cos[i], ...))
+        h' = layer(h, masks, cos, ...)  ->  i = compact(text or top(score, keep));  h' = scatter_tokens(h, layer(h[i], masks[i], ...))
 
-    Sequence, roles and positions behind the layer are as before; the cache of the layer holds only what took part (KV entry(layer), partial).
+    Sequence, roles and positions behind the layer are as before; the cache of the layer holds only what took part (KV entry(layer),
+    partial).
     """
 
     layers: tuple[Layer, ...]
@@ -35,7 +36,8 @@ class Bypass(Reduce):
 
     def run(self, program: Program) -> bool:
         if self.layers and max(self.layers) >= (last := max(layers(program["prefill"], program.facts.layer_path))):
-            raise self.fail(f"layer {max(self.layers)} has no layer behind it where tokens could rejoin; the last that can be bypassed is {last - 1}")
+            raise self.fail(f"layer {max(self.layers)} has no layer behind it where tokens could rejoin; "
+                            f"the last that can be bypassed is {last - 1}")
         return super().run(program)
 
     def schedule(self) -> tuple[tuple[int, Keep], ...]:

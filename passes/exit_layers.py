@@ -18,8 +18,8 @@ from .methods.exit_vision import ExitVision
 
 @dataclass(frozen=True)
 class ExitReport:
-    """agreement[layer]: the share of prompts whose next token is the same when visual tokens leave there; kl[layer]: mean KL in nats; safe: per
-    prompt, the first layer from which on every exit keeps the token."""
+    """agreement[layer]: the share of prompts whose next token is the same when visual tokens leave there; kl[layer]: mean KL in nats; safe:
+    per prompt, the first layer from which on every exit keeps the token."""
 
     agreement: dict[int, float]
     kl: dict[int, float]
@@ -33,7 +33,8 @@ class ExitReport:
 
 
 def exit_layers(program: Program, feeds: Sequence[dict[str, Tensor]], candidates: Sequence[int] | None = None) -> ExitReport:
-    """Try every candidate layer (all but the first, unless given) on these prefill inputs, by the label rule of DyVTE: same answer or not."""
+    """Try every candidate layer (all but the first, unless given) on these prefill inputs, by the label rule of DyVTE: same answer or not.
+    """
     known = sorted(layers(program["prefill"], program.facts.layer_path))
     tried = sorted(candidates) if candidates is not None else known[1:]
     if missing := [l for l in tried if l not in known]:
@@ -47,7 +48,7 @@ def exit_layers(program: Program, feeds: Sequence[dict[str, Tensor]], candidates
             short = program.clone()
             ExitVision(layer=layer).run(short)
             got = [short["prefill"].run(feed)["logits"].log_softmax(-1) for feed in feeds]
-            same[layer] = [a == b for g, w in zip(got, want, strict=True) for a, b in zip(g.argmax(-1).tolist(), w.argmax(-1).tolist(), strict=True)]
+            same[layer] = torch.cat([g.argmax(-1) == w.argmax(-1) for g, w in zip(got, want, strict=True)]).tolist()
             kl[layer] = float(torch.cat([(w.exp() * (w - g)).sum(-1) for g, w in zip(got, want, strict=True)]).mean())
     never = known[-1] + 1
     safe = [next((l for l in tried if all(same[m][i] for m in tried if m >= l)), never) for i in range(len(same[tried[0]]))]

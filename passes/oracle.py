@@ -20,9 +20,10 @@ ATTENTION = torch.ops.foveate.attention.default
 def mask_only(program: Program, selections: list[Reduce]) -> Program:
     """A clone in which each selection only hides its dropped tokens from every attention at and behind its layers.
 
-    Scores of a later stage see the tokens that earlier ones left, and merged tokens are in the stream as in the cut. Positions and sequence length
-    stay, so logits of the last token must equal those of the cut, and the K/V rows of kept tokens too. Layers that mix neighbours without attention
-    (short convolutions) have no such oracle. Behind a bypassed layer, tokens that did not take part get back what they went in with.
+    Scores of a later stage see the tokens that earlier ones left, and merged tokens are in the stream as in the cut. Positions and sequence
+    length stay, so logits of the last token must equal those of the cut, and the K/V rows of kept tokens too. Layers that mix neighbours
+    without attention (short convolutions) have no such oracle. Behind a bypassed layer, tokens that did not take part get back what they
+    went in with.
     """
     hidden = program.clone()
     for selection in selections:
@@ -41,7 +42,7 @@ def _hide(program: Program, selection: Reduce, layer: int, keep: float) -> None:
     if behind is None:
         _leave(program, where.first, choice.keep)
     else:
-        joined = splice(stage, behind.first, lambda x, y, keep: torch.where(keep[..., None], y, x), where.hidden, behind.hidden, choice.keep)
+        joined = splice(stage, behind.first, lambda x, y, k: torch.where(k[..., None], y, x), where.hidden, behind.hidden, choice.keep)
         for crossing in behind.crossings:
             for reader in crossing.readers if crossing.node is behind.hidden else ():
                 reroute(reader, behind.hidden, joined)

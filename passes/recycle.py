@@ -25,7 +25,9 @@ def clusters(dropped: Any) -> Any:
 
 
 def recycle(hidden: Tensor, score: Tensor, best: Tensor, present: Tensor, most: Any) -> tuple[Tensor, Tensor]:
-    """hidden[B, T, D], score, best, present [B, T]; `most` bounds the dropped tokens  ->  best with the cluster centres, hidden with their means in place"""
+    """hidden[B, T, D], score, best, present [B, T]; `most` bounds the dropped tokens  ->  best with the cluster centres, hidden with their
+    means in place
+    """
     dropped = present & ~best
     p = dropped.sum(1)
     m, c = torch.minimum(candidates(p), p), torch.minimum(clusters(p), p)
@@ -35,7 +37,8 @@ def recycle(hidden: Tensor, score: Tensor, best: Tensor, present: Tensor, most: 
     there = torch.arange(index.shape[1], device=index.device)[None] < m[:, None]
     x = F.keep_tokens(hidden, index)
     centre, owner = cluster(x, there, c)
-    member = (owner[:, None, :] == torch.arange(index.shape[1], device=index.device)[None, :, None]) & there[:, None, :] & centre[:, :, None]
+    own = owner[:, None, :] == torch.arange(index.shape[1], device=index.device)[None, :, None]
+    member = own & there[:, None, :] & centre[:, :, None]
     merged = F.merge_tokens(x, member.float() / member.sum(2, keepdim=True).clamp(min=1))
     slot = (again.long().cumsum(1) - 1).clamp(min=0)
     lives = again & centre.gather(1, slot)
@@ -54,7 +57,8 @@ def cluster(x: Tensor, there: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     near = distance.sort(dim=2).values
     counted = at[None, None] < count[:, None, None]
     density = (-torch.where(counted & (near < FAR), near * near, 0).sum(2) / count[:, None].clamp(min=1)).exp()
-    denser = (density[:, None, :] > density[:, :, None]) | ((density[:, None, :] == density[:, :, None]) & (at[None, None] < at[None, :, None]))
+    other, own = density[:, None, :], density[:, :, None]
+    denser = (other > own) | ((other == own) & (at[None, None] < at[None, :, None]))
     farthest = torch.where(pair, distance, 0).amax((1, 2))
     lonely = torch.where(denser & pair, distance, FAR).amin(2)
     score = torch.minimum(lonely, farthest[:, None]) * density

@@ -51,14 +51,14 @@ class Reduce(Pass):
 
     TAP      `score` says what it reads by the names of its arguments (see taps.py)
     BUDGET   `keep`: tokens per sample, or a share of the visual tokens in the prompt; `limit`, where a method has one, lowers it per sample
-    SELECT   the best by score, ties to the earlier token; the last token of the prompt always stays, even if it is visual: it predicts the answer
+    SELECT   the best by score, ties to the earlier token; the prompt's last token stays even if visual: it predicts the answer
     DISPOSE  dropped, or merged into kept ones where a method overrides `merge`
     BOOK     original positions, order kept, KV entry(layer)
     """
 
     exact: ClassVar[bool] = True  # keeps exactly the budget; False: the budget is a bound and the data decide
     everything: ClassVar[dict[str, Any]] = {}  # parameters under which the data ask for every token, so that the budget alone decides
-    of_prompt: ClassVar[bool] = False  # a share counts from the visual tokens in the prompt, or (False) from those that are left at the site
+    of_prompt: ClassVar[bool] = False  # a share is of the visual tokens in the prompt, or (False) of those left at the site
 
     @abstractmethod
     def schedule(self) -> tuple[tuple[int, Keep], ...]:
@@ -69,7 +69,7 @@ class Reduce(Pass):
         """-> [B, T], larger is better; read at valid visual tokens only."""
 
     limit: ClassVar[Callable[..., Tensor] | None] = None  # a method's own: (self, **taps) -> [B], how many tokens the data ask for
-    merge: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None] = None  # (self, hidden, score, best, present) -> best and hidden after merging
+    merge: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None] = None  # (self, hidden, score, best, present, most) -> best, hidden
 
     def merged(self, dropped: Any) -> Any:
         """How many more tokens than the budget stay when `dropped` (int, SymInt or Tensor) visual tokens go through `merge`."""
@@ -130,14 +130,16 @@ class Reduce(Pass):
             bound, budget = self.count(keep, features.shape[1] if counted else here), None
             if not isinstance(keep, int) or self.limit or merging or "budget" in self._asked():
                 left = present.sum(1)
-                budget = read["budget"] = left.clamp(max=bound) if isinstance(keep, int) else self.count(keep, read["original"] if counted else left)
+                whole = read["original"] if counted else left
+                budget = read["budget"] = left.clamp(max=bound) if isinstance(keep, int) else self.count(keep, whole)
             best, merged = self.decide(read, visual, valid, hidden, bound, budget, here - bound)
             bound = bound + self.merged(here - bound)
             return valid & (~visual | best), text + bound, bound, *([merged] if merging else [])
 
         return Choice(*splice(stage, where.first, select, *inputs, *found.values()))
 
-    def decide(self, read: dict[str, Any], visual: Tensor, valid: Tensor, hidden: Tensor, bound: Any, budget: Tensor | None, most: Any) -> tuple[Tensor, Tensor]:
+    def decide(self, read: dict[str, Any], visual: Tensor, valid: Tensor, hidden: Tensor, bound: Any, budget: Tensor | None,
+               most: Any) -> tuple[Tensor, Tensor]:
         """From taps `read` to which visual tokens stay, [B, T], and the stream after merging; `most` bounds how many go through `merge`."""
         score = self.score(**{n: read[n] for n in _names(self.score)}).float()
         if self.limit:
@@ -155,7 +157,8 @@ class Reduce(Pass):
         found = taps.collect(program, where, names)
         if unknown := [n for n in names if n not in found]:
             if set(unknown) <= set(taps.ATTENTION):
-                raise self.fail(f"reads the attention before layer {where.layer}, and there is none; the first layer it can cut at is {where.layer + 1}")
+                raise self.fail(f"reads the attention before layer {where.layer}, and there is none; "
+                                f"the first layer it can cut at is {where.layer + 1}")
             raise self.fail(f"score asks for {unknown}; layer {where.layer} has the taps {sorted(found)}")
         return {n: found[n] for n in names}
 

@@ -4,7 +4,7 @@
     q[B, H, T, D], k, v [B, G, T, D], mask, scale, causal, softcap     of the last attention before the site
     next_q[B, H, 1, D], next_k[B, G, T, D], next_scale, next_softcap   of the layer behind the site, q at the last valid row only
     normed[B, T, D]                                                    the stream through the model's final norm
-    rows[B, R], row_weight[B, R]                                       the question: text tokens behind the last visual one; weights add up to 1
+    rows[B, R], row_weight[B, R]                                       the question: text behind the last visual token; weights sum to 1
     raters[B, R]                                                       the same rows, weighted by their relevance to the image (SparseVLM)
     image[B, T]                                                        which image of the sample a visual token comes from
     original[B], budget[B]                                             visual tokens of the sample in the prompt, and those that may stay
@@ -130,7 +130,8 @@ def image(program: Program, where: Site) -> dict[str, Any]:
     each = program.facts.visual_per_image
     if each is None:
         return {}
-    return {"image": splice(program["prefill"], where.first, lambda rank: rank.clamp(min=0) // each, role(program, "visual_index", where.first))}
+    rank = role(program, "visual_index", where.first)
+    return {"image": splice(program["prefill"], where.first, lambda r: r.clamp(min=0) // each, rank)}
 
 
 def question(program: Program, where: Site) -> dict[str, Any]:
@@ -147,8 +148,8 @@ def question(program: Program, where: Site) -> dict[str, Any]:
 def _raters(hidden: Tensor, visual: Tensor, valid: Tensor, ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     """-> row_weight, raters [B, R]: a rater is a question token whose mean softmax similarity to the visual tokens is above the average
 
-    Embeddings of text and image are multiplied as they are (SparseVLM, section 3.2). Where no token is above average, every question token rates; a
-    prompt that ends with an image is rated by its last text token.
+    Embeddings of text and image are multiplied as they are (SparseVLM, section 3.2). Where no token is above average, every question token
+    rates; a prompt that ends with an image is rated by its last text token.
     """
     R = ids.shape[1] - features.shape[1]
     at = torch.arange(valid.shape[1], device=valid.device)[None]

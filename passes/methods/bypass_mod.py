@@ -13,14 +13,16 @@ from ..select import Keep, Layer, last_valid
 
 @dataclass(frozen=True)
 class BypassMod(Bypass):
-    """In each of `layers`, the visual tokens that the last prompt token attends to least, frame by frame, skip the layer and rejoin behind it.
+    """In each of `layers`, the visual tokens that the last prompt token attends to least, frame by frame, skip the layer and rejoin behind
+    it.
 
     rewrite:
         s = mean_h attention_rows(q, k, last valid row)                          (the layer before)
         i = compact(text or top(-rank of s within the image, keep));  h' = scatter_tokens(h, layer(h[i], masks[i], cos[i], ...))
 
-    Wu et al., "VideoLLM-MoD", NeurIPS 2024 (section 3.3): 20 % per frame, every other layer. Its router is a trained vector per layer, for which no
-    weights are published; attention stands in for it here, and kept tokens are not weighted by their score. Any K/V of a layer are those that took part.
+    Wu et al., "VideoLLM-MoD", NeurIPS 2024 (section 3.3): 20 % per frame, every other layer. Its router is a trained vector per layer, for
+    which no weights are published; attention stands in for it here, and kept tokens are not weighted by their score. Any K/V of a layer are
+    those that took part.
     """
 
     name: ClassVar[str] = "bypass-mod"

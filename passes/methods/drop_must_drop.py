@@ -1,4 +1,5 @@
-"""MustDrop's prefill and decode stages: drop what no question token needs, as a whole or singly, and trim the cache of the layers before."""
+"""MustDrop's prefill and decode stages: drop what no question token needs, as a whole or singly, and trim the cache of the layers before.
+"""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,17 +16,18 @@ TINY = 1e-15
 
 @dataclass(frozen=True)
 class DropMustDrop(Staged):
-    """Drop a visual token when the question's attention to it is below `global_share` of the sum over visual tokens AND no single question token
-    gives it `individual` or more.
+    """Drop a visual token when the question's attention to it is below `global_share` of the sum over visual tokens AND no single question
+    token gives it `individual` or more.
 
     rewrite:
         a[B, R, T] = mean_h attention_rows(q, k, question rows)                                   (the layer before each of `layers`)
         need = max(sum_r a / (global_share sum_rj a), max_r a / individual);  i = compact(text or top(need, min(#(need >= 1), keep)))
         k.l, v.l of the cache, first of `layers` <= l < last  ->  gathered by what the last stage kept       (evict: true)
 
-    Liu et al., "Multi-Stage Vision Token Dropping", 2024 (sections 3.3, 3.4). Defaults: after layers 2, 6, 10, 14, thresholds of its 192-token setting.
-    The count is data, the shape is its bound `keeps`, rows beyond it are filler. Not here: the vision stage (a vision method merges its windows), and
-    the key set that the CLS token saves. The published code renumbers positions, so that its evicted rows no longer fit: ours are the original ones.
+    Liu et al., "Multi-Stage Vision Token Dropping", 2024 (sections 3.3, 3.4). Defaults: after layers 2, 6, 10, 14, thresholds of its
+    192-token setting. The count is data, the shape is its bound `keeps`, rows beyond it are filler. Not here: the vision stage (a vision
+    method merges its windows), and the key set that the CLS token saves. The published code renumbers positions, so that its evicted rows
+    no longer fit: ours are the original ones.
     """
 
     name: ClassVar[str] = "drop-must-drop"

@@ -11,15 +11,17 @@ from ..select import Keep, Layer, Staged
 
 @dataclass(frozen=True)
 class DropZipVl(Staged):
-    """Keep the visual tokens that are looked at most, as many per sample and layer as hold `mass` of the attention that visual tokens receive.
+    """Keep the visual tokens that are looked at most, as many per sample and layer as hold `mass` of the attention that visual tokens
+    receive.
 
     rewrite:
         a = sum_h attention_columns(q, k, weight 1 on valid rows)                              (the layer before each of `layers`)
         n = min{n : the n largest a hold mass * sum a};  i = compact(text or top(a / rows that can see the token, min(n, keep)))
 
-    He et al., "ZipVL", 2024 (section 4). The count is data, the shape is its bound `keep`: rows beyond n are filler that no layer attends to.
-    buckets: round n up to the next of these, so that a host that holds one engine per bucket meets few sizes. No code is published: what the paper
-    calls important tokens is reduced here to the visual ones, and the rest is dropped (its second version evicts them too).
+    He et al., "ZipVL", 2024 (section 4). The count is data, the shape is its bound `keep`: rows beyond n are filler that no layer attends
+    to.
+    buckets: round n up to the next of these, so that a host that holds one engine per bucket meets few sizes. No code is published: what
+    the paper calls important tokens is reduced here to the visual ones, and the rest is dropped (its second version evicts them too).
     """
 
     name: ClassVar[str] = "drop-zip-vl"
@@ -42,7 +44,8 @@ class DropZipVl(Staged):
         onlookers = valid.sum(1, keepdim=True) - valid.long().cumsum(1) + 1 if causal else valid.sum(1, keepdim=True)
         return self.received(q, k, mask, valid, scale, causal, softcap) / onlookers.clamp(min=1)
 
-    def limit(self, q: Tensor, k: Tensor, mask: Tensor | None, visual: Tensor, valid: Tensor, scale: float, causal: bool, softcap: float) -> Tensor:
+    def limit(self, q: Tensor, k: Tensor, mask: Tensor | None, visual: Tensor, valid: Tensor, scale: float, causal: bool,
+              softcap: float) -> Tensor:
         present = visual & valid
         a = torch.where(present, self.received(q, k, mask, valid, scale, causal, softcap), 0).sort(dim=1, descending=True).values
         short = a.cumsum(1) < self.mass * a.sum(1, keepdim=True)

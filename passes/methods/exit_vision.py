@@ -16,9 +16,9 @@ class ExitVision(Reduce):
     rewrite:
         h[B, T, D], masks, cos, sin, ...  ->  i = compact(text)[B, T - n + 1], and each of them gathered by i
 
-    DyVTE (Wu et al., "Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit", 2024) trains a router per layer to say when. Here
-    the layer is fixed, and `passes.exit_layers` finds it from unlabeled prompts; the default is two thirds of a 24-layer decoder.
-    Original positions and entry(layer) KV, as in the published code. One row is left over for a prompt that ends with an image.
+    DyVTE (Wu et al., "Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit", 2024) trains a router per layer to say
+    when. Here the layer is fixed, and `passes.exit_layers` finds it from unlabeled prompts; the default is two thirds of a 24-layer
+    decoder. Original positions and entry(layer) KV, as in the published code. One row is left over for a prompt that ends with an image.
     """
 
     name: ClassVar[str] = "exit-vision"

@@ -1,4 +1,6 @@
-"""The contract of every method, found by discovery: a new file is covered the day it lands. More on those of the vision side: test_every_vision_method.py."""
+"""The contract of every method, found by discovery: a new file is covered the day it lands. More on those of the vision side:
+test_every_vision_method.py.
+"""
 
 from __future__ import annotations
 
@@ -171,7 +173,8 @@ def test_equals_the_mask_only_oracle(any_method, data):
     for b, row in enumerate(got[f"kept.layer{layer}"].tolist()):
         visual = (feed["input_ids"][b] == helpers.IMAGE).nonzero()[:, 0]
         dropped = set(range(len(visual))) - set(row)
-        stays = [t for t in range(feed["input_ids"].shape[1]) if feed["attention_mask"][b, t] and t not in {int(visual[i]) for i in dropped}]
+        gone = {int(visual[i]) for i in dropped}
+        stays = [t for t in range(feed["input_ids"].shape[1]) if feed["attention_mask"][b, t] and t not in gone]
         assert got["kv_lengths"][layer, b] == len(stays)
         helpers.close(got[f"k.{layer}"][b, :, : len(stays)], want[f"k.{layer}"][b][:, stays], 3e-5)
 
@@ -228,13 +231,15 @@ def test_decode_equals_recomputing_the_longer_prompt_with_the_same_cut(any_metho
         logits = step["logits"]
         past = {f"past_{n}": torch.cat([past[f"past_{n}"][:, :, : int(lengths[int(n[2:]), 0])], step[n]], 2) for n in names}
         lengths = lengths + 1
-        feed = feed | {"input_ids": torch.cat([feed["input_ids"], token], 1), "attention_mask": torch.cat([feed["attention_mask"], torch.ones_like(token)], 1),
-                       "position_ids": torch.cat([feed["position_ids"], position], 1)}
+        grown = {"input_ids": token, "attention_mask": torch.ones_like(token), "position_ids": position}
+        feed = feed | {n: torch.cat([feed[n], value], 1) for n, value in grown.items()}
         helpers.close(logits, full["prefill"].run(feed)["logits"], 3e-5)
 
 
 def test_no_attention_of_a_whole_layer_is_built_for_a_score(any_method):
-    """Beside the layers' own fused nodes nothing in the graph has two sequence axes under heads; scores read rows, or columns one head at a time."""
+    """Beside the layers' own fused nodes nothing in the graph has two sequence axes under heads; scores read rows, or columns one head at a
+    time.
+    """
     stage = reduced(any_method, 0.25)["prefill"]
     before = sum(n.target is helpers.F.attention.default for n in helpers.toy()["prefill"].graph.nodes)
     assert sum(n.target is helpers.F.attention.default for n in stage.graph.nodes) == before

@@ -24,7 +24,7 @@ def test_two_stages_equal_the_mask_only_oracle():
     feed = helpers.feeds([1, 2, 0], [5, 2, 3], seed=4)
     got = program["prefill"].run(feed)
     helpers.close(got["logits"], masked["prefill"].run(feed)["logits"], 3e-5)
-    assert got["kv_lengths"].T.tolist() == [[11, 8, 7], [14, 8, 5], [3, 3, 3]]  # shares of the prompt's 6 and 12, not of what the first stage left
+    assert got["kv_lengths"].T.tolist() == [[11, 8, 7], [14, 8, 5], [3, 3, 3]]  # of the prompt's 6 and 12
     assert all(set(b) <= set(a) for a, b in zip(got["kept.layer1"].tolist(), got["kept.layer2"].tolist(), strict=True))
 
 
@@ -45,8 +45,8 @@ def test_pyramid_reads_the_attention_of_the_layer_it_cuts_at():
     ("drop-pyramid{layers=[1,2],keeps=[0.5]}", "drop-pyramid: layers and keeps go together; there are 2 layers and 1 keeps"),
     ("drop-pyramid{layers=[2,1],keeps=[0.5,0.2]}", r"drop-pyramid: layers must ascend, got \[2, 1\]"),
     ("drop-pyramid{layers=[1,2],keeps=[0.2,0.5]}", r"drop-pyramid: keeps must not grow, got \[0.2, 0.5\]"),
-    ("bypass-mod{layers=[2],keep=0.5}", "bypass-mod: layer 2 has no layer behind it where tokens could rejoin; the last that can be bypassed is 1"),
-    ("drop-zip-vl{layers=[0],keeps=[0.5]}", "drop-zip-vl: reads the attention before layer 0, and there is none; the first layer it can cut at is 1"),
+    ("bypass-mod{layers=[2],keep=0.5}", "bypass-mod: layer 2 has no layer behind it .*; the last that can be bypassed is 1"),
+    ("drop-zip-vl{layers=[0],keeps=[0.5]}", "drop-zip-vl: reads the attention before layer 0, .*the first layer it can cut at is 1"),
 ])
 def test_refuses_by_name(text, message):
     with pytest.raises(PassError, match=message):
@@ -113,7 +113,8 @@ def test_exit_layers_agree_with_exits_tried_one_by_one():
     assert sorted(report.agreement) == [1, 2]
     for layer in (1, 2):
         program = ran(f"exit-vision{{layer={layer}}}")
-        same = [(program["prefill"].run(f)["logits"].argmax(-1) == helpers.toy()["prefill"].run(f)["logits"].argmax(-1)).float().mean() for f in feeds]
+        same = [(a["prefill"].run(f)["logits"].argmax(-1) == b["prefill"].run(f)["logits"].argmax(-1)).float().mean()
+                for f in feeds for a, b in [(program, helpers.toy())]]
         assert report.agreement[layer] == pytest.approx(float(torch.stack(same).mean())) and report.kl[layer] >= 0
     assert ExitReport({}, {}, (1, 2, 2, 3)).choose(0.75) == 2 and ExitReport({}, {}, (1, 2, 2, 3)).choose(1.0) == 3
     with pytest.raises(PassError, match=r"exit-vision: no layers \[7\]; this program has 0..2"):
@@ -143,4 +144,5 @@ def test_clusters_of_two_clouds_and_of_duplicates():
 
 
 def test_cluster_counts_are_the_published_ones():
-    assert [(candidates(p), clusters(p)) for p in (1, 33, 276, 510)] == [(int(0.3 * p) + 1, int((int(0.3 * p) + 1) / 10) + 1) for p in (1, 33, 276, 510)]
+    for p in (1, 33, 276, 510):
+        assert (candidates(p), clusters(p)) == (int(0.3 * p) + 1, int((int(0.3 * p) + 1) / 10) + 1)

@@ -1,12 +1,12 @@
 """Parity: what the published code selected and merged on seeded inputs, against ours.
 
-tests/golden/parity/<method>.npz holds seeds, the outputs of the published functions, and the repository and commit that they ran from; the foreign code
-itself is not here. Inputs are drawn again from the seeds.
+tests/golden/parity/<method>.npz holds seeds, the outputs of the published functions, and the repository and commit that they ran from; the
+foreign code itself is not here. Inputs are drawn again from the seeds.
 
 Deviations, by cause:
-    drop-sparse-vlm   the random noise of the published clustering (up to 1e-6 on densities) was drawn larger for earlier tokens: it decides between
-                      mutual nearest neighbours, whose densities are equal, and ours lets the earlier one win
-    drop-dart         prompts of at most 32 tokens: the published code visits pivots in the order of a Python set, which is ascending only there
+    drop-sparse-vlm   the random noise of the published clustering (up to 1e-6 on densities) was drawn larger for earlier tokens: it decides
+                      between mutual nearest neighbours, whose densities are equal, and ours lets the earlier one win
+    drop-dart         prompts of at most 32 tokens: the published code visits pivots in the order of a Python set, ascending only there
     drop-pyramid      shares round down (mode parity); its renumbered positions are the runtime's business, not the selection's
 """
 
@@ -56,11 +56,13 @@ def prompt(hidden, counts):
     visual[:, :start] = visual[:, start + n :] = False
     stream = torch.tensor(hidden)[None]
     weight, raters = _raters(stream, visual, valid, valid, torch.zeros(1, n))
-    return {"visual": visual, "valid": valid, "hidden": stream, "normed": stream, "rows": F.compact_tokens(~visual, start + text), "row_weight": weight, "raters": raters}
+    rows = F.compact_tokens(~visual, start + text)
+    return {"visual": visual, "valid": valid, "hidden": stream, "normed": stream, "rows": rows, "row_weight": weight, "raters": raters}
 
 
 def attended(q, k):
-    return {"q": torch.tensor(q)[None], "k": torch.tensor(k)[None], "mask": None, "scale": 1 / math.sqrt(q.shape[2]), "causal": True, "softcap": 0.0}
+    scale = 1 / math.sqrt(q.shape[2])
+    return {"q": torch.tensor(q)[None], "k": torch.tensor(k)[None], "mask": None, "scale": scale, "causal": True, "softcap": 0.0}
 
 
 def decide(method, read, keep):
@@ -117,7 +119,8 @@ def test_sparse_vlm(layer, keep):
         centres = [b for b in best if b not in kept]
         assert sorted(kept + centres) == best and len(centres) == len(merged[i]), seed
         got = stream[0, [c + counts[0] for c in centres]].numpy()
-        np.testing.assert_allclose(got[got[:, 0].argsort()], merged[i], rtol=3e-6, atol=1e-6)  # the published mean divides by count + 1e-6, and float32 sums in another order
+        # the published mean divides by count + 1e-6, and float32 sums in another order
+        np.testing.assert_allclose(got[got[:, 0].argsort()], merged[i], rtol=3e-6, atol=1e-6)
 
 
 def test_must_drop():
