@@ -180,6 +180,8 @@ def make_plan(
         from .graph.capture import capture
 
         program = capture(model, processor, images=images)
+        for note in program.facts.notes:
+            progress("note", note)
         before = Figures.of(program, text_tokens)
     with _fails_as(USAGE):
         run(program, chosen, lambda record, _: progress("pass", _line(record)))

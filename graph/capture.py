@@ -38,7 +38,7 @@ def capture(model: Any, processor: Any = None, *, images: Sequence[Any] | None =
         prefill, decode = text.prefill(), text.decode()
         given = family.vision_inputs(model, family.picture(example, 0) if family.one_picture else example)
         seen = _vision(family, model, given)
-    program = Program({"vision": seen, "prefill": prefill, "decode": decode}, _facts(family, model, text, seen, given), text.table(prefill),
+    program = Program({"vision": seen, "prefill": prefill, "decode": decode}, _facts(family, model, text, seen, given, example), text.table(prefill),
                       example={"vision": dict(given.tensors), **text.example})
     program.kv = derive_kv(program)
     _check_windows(family, model, program)
@@ -107,8 +107,14 @@ class _Text:
         inputs["position_ids"], shapes["position_ids"] = self._positions(B, S, batch, seq)
         inputs["attention_mask"] = torch.ones(B, S, dtype=torch.int64, device=self.device)
         shapes["attention_mask"] = {0: batch, 1: seq}
-        self.example["prefill"] = inputs
+        self.example["prefill"] = self._short(inputs)
         return _export(self.model, inputs, shapes, self._prefill)
+
+    def _short(self, inputs: dict[str, Tensor], S: int = 23, N: int = 11) -> dict[str, Tensor]:
+        """A prompt that is cheap to run, from the one that was traced."""
+        short = {n: (t[:, :N] if n in self.features else t[..., :S]).clone() for n, t in inputs.items()}
+        short["input_ids"][:, 4 + N:] = 1
+        return short
 
     def _prefill(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
         valid = feeds["attention_mask"].to(torch.bool)
@@ -261,7 +267,7 @@ def _same(a: Any, b: Any) -> bool:
 # ---- facts
 
 
-def _facts(family: Family, model: Any, text: _Text, vision: Stage, given: VisionInputs) -> Facts:
+def _facts(family: Family, model: Any, text: _Text, vision: Stage, given: VisionInputs, example: dict[str, Tensor]) -> Facts:
     table = model.get_input_embeddings().weight
     fixed = family.vision_facts(model)
     return Facts(
@@ -270,7 +276,13 @@ def _facts(family: Family, model: Any, text: _Text, vision: Stage, given: Vision
         layers=int(text.config.num_hidden_layers), layer_path=_layer_path(model, text.language), vision_layer_path=_vision_layer_path(vision),
         dtype=str(table.dtype).removeprefix("torch."), positions=family.positions(model), features=text.features,
         vision_grid=fixed.get("vision_grid"), has_cls=fixed.get("has_cls", False), tokens_per_image=family.tokens_per_image(model),
-        min_visual=1, notes=(given.note,) if given.note else ())
+        min_visual=1, geometry=_geometry(given, example), notes=(given.note,) if given.note else ())
+
+
+def _geometry(given: VisionInputs, example: dict[str, Tensor]) -> dict[str, Any]:
+    """What the processor says of one picture and the vision stage has as constants: sizes and grids. Large masks are left out."""
+    kept = {n: t[0] for n, t in example.items() if n not in given.tensors and given.baked and not t.is_floating_point() and t.device.type != "meta"}
+    return {n: t.tolist() for n, t in kept.items() if t.numel() <= 16}
 
 
 def _eos(model: Any) -> tuple[int, ...]:

@@ -116,6 +116,8 @@ class Session:
         """All pictures at once, or in as many runs as a stage with a fixed picture count needs. No picture: {}."""
         if not any(s.pictures for s in samples):
             return {}
+        for sample in samples:
+            _check_geometry(sample, self.facts.get("geometry") or {})
         feeds: dict[str, np.ndarray] = {}
         runs = 1
         for spec in self.manifest["components"]["vision"]["inputs"]:
@@ -297,6 +299,21 @@ def _shaped(arrays: Mapping[str, np.ndarray], spec: Mapping[str, Any]) -> np.nda
             "artifact that was captured with such a picture"
         )
     return value.astype(np.dtype(spec["dtype"]), copy=False)
+
+
+def _check_geometry(sample: Sample, geometry: Mapping[str, Any]) -> None:
+    """A picture of another shape can have as many patches as the captured one, and would be seen scrambled."""
+    for name, want in geometry.items():
+        rows = sample.vision.get(name)
+        if rows is None:
+            continue
+        for picture, row in enumerate(rows.reshape(-1, *np.shape(want))):
+            if row.tolist() != want:
+                size = sample.pictures[picture].size if picture < len(sample.pictures) else "?"
+                raise RunError(
+                    f"images: a picture of size {size} has {name} {row.tolist()}, this artifact was captured for {want}; "
+                    "resize it, or optimize again with --image and a picture like it"
+                )
 
 
 def _split(feeds: Mapping[str, np.ndarray], runs: int) -> list[dict[str, np.ndarray]]:

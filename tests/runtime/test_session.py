@@ -205,3 +205,17 @@ def test_a_picture_of_a_geometry_that_was_not_captured():
 def test_importing_the_runtime_needs_no_torch():
     code = "import sys, foveate.runtime.session, foveate.runtime.overlay; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_picture_of_another_shape_with_as_many_patches():
+    s = session(geometry={"image_sizes": [8, 12]})
+
+    class Sizes(Processor):
+        def __call__(self, text, images=None, return_tensors="np"):
+            out = super().__call__(text, images, return_tensors)
+            return {**out, "image_sizes": np.array([[p.height, p.width] for p in images[0]])}
+
+    s.processor = Sizes()
+    assert s.generate(red(10, (12, 8)), "<image> a", max_new_tokens=1).tokens
+    with pytest.raises(RunError, match=r"a picture of size \(8, 12\) has image_sizes \[12, 8\], this artifact was captured for \[8, 12\]"):
+        s.generate(red(10, (8, 12)), "<image> a", max_new_tokens=1)
