@@ -31,7 +31,9 @@ def measure(layers: int) -> dict[str, float]:
     from foveate.passes import pipeline, recipe
 
     torch.set_num_threads(1)
-    vision = T.CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768)
+    vision = T.CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768
+    )
     text = T.LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=32, vocab_size=32064)
     config = T.LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000, vision_feature_layer=-2)
     with torch.device("meta"):
@@ -79,7 +81,9 @@ def main() -> None:
 
         versions = {"torch": torch.__version__, "transformers": transformers.__version__, "onnx": onnx.__version__, "python": platform.python_version()}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"machine": platform.processor() or platform.machine(), "threads": 1, "versions": versions, "rows": rows}, indent=1) + "\n")
+        arguments.output.write_text(
+            json.dumps({"machine": platform.processor() or platform.machine(), "threads": 1, "versions": versions, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -150,7 +150,9 @@ def _feed(program: Program, name: str, stage: Stage) -> Feeds:
         if node.op == "placeholder":
             value = node.meta["val"]
             shape = [int(d) if isinstance(d, int) else d.node.hint for d in value.shape]
-            feed[node.meta["name"]] = torch.randn(shape, generator=generator).to(value.dtype) if value.is_floating_point() else torch.full(shape, 3, dtype=value.dtype)
+            feed[node.meta["name"]] = (
+                torch.randn(shape, generator=generator).to(value.dtype) if value.is_floating_point() else torch.full(shape, 3, dtype=value.dtype)
+            )
     return feed
 
 
@@ -166,13 +168,16 @@ def _engines(program: Program) -> str:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     columns = ("vision", "prefill", "decode", "cut", "onnx", "engine")
-    lines = ["| family | capture | vision = HF | prefill = HF | decode = HF | cut = oracle (layer) | ONNX on ORT | RTX engines |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| family | capture | vision = HF | prefill = HF | decode = HF | cut = oracle (layer) | ONNX on ORT | RTX engines |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     notes = []
     for row in rows:
         cells = []
         for name in columns:
             value = row.get(name, "not run")
-            good = isinstance(value, float) and value <= GOALS[name] or (name == "engine" and str(value)[:1].isdigit())
+            good = (isinstance(value, float) and value <= GOALS[name]) or (name == "engine" and str(value)[:1].isdigit())
             if not good:
                 notes.append(f"- **{row['family']}, {name}**: {value}")
             shown = f"{value:.0e}" if isinstance(value, float) else (value if good else "see below")

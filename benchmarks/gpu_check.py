@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 warnings.simplefilter("ignore")
 
-import numpy as np
-import torch
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 # |difference| / largest |reference|. float32: other kernels, other summation order (no TF32). Half types: about sqrt(layers) roundings of 2^-11 and 2^-8.
 BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -77,10 +77,24 @@ def llava(g: Geometry, device: str, dtype: torch.dtype) -> Any:
     """A random model, initialised on the device in its type."""
     import transformers as T
 
-    text = T.LlamaConfig(hidden_size=g.hidden, intermediate_size=g.inner, num_hidden_layers=g.layers, num_attention_heads=g.heads, num_key_value_heads=g.heads,
-                         vocab_size=g.vocab, max_position_embeddings=4096)
-    vision = T.CLIPVisionConfig(hidden_size=g.vision_hidden, intermediate_size=g.vision_inner, num_hidden_layers=g.vision_layers,
-                                num_attention_heads=g.vision_heads, image_size=g.image, patch_size=g.patch, projection_dim=g.vision_hidden)
+    text = T.LlamaConfig(
+        hidden_size=g.hidden,
+        intermediate_size=g.inner,
+        num_hidden_layers=g.layers,
+        num_attention_heads=g.heads,
+        num_key_value_heads=g.heads,
+        vocab_size=g.vocab,
+        max_position_embeddings=4096,
+    )
+    vision = T.CLIPVisionConfig(
+        hidden_size=g.vision_hidden,
+        intermediate_size=g.vision_inner,
+        num_hidden_layers=g.vision_layers,
+        num_attention_heads=g.vision_heads,
+        image_size=g.image,
+        patch_size=g.patch,
+        projection_dim=g.vision_hidden,
+    )
     config = T.LlavaConfig(vision_config=vision, text_config=text, image_token_index=g.vocab - 1, image_seq_length=g.visual)
     before = torch.get_default_dtype()
     torch.manual_seed(0)
@@ -152,8 +166,14 @@ def _judge(program: str, precision: str, bound: float, reference: dict[str, np.n
     overlap = min((len(set(a) & set(b)) / len(a) for k in kept for a, b in zip(reference[k].tolist(), got[k].tolist(), strict=True)), default=1.0)
     worst = {n: float(np.abs(got[n] - reference[n]).max() / np.abs(reference[n]).max()) for n in ("vision", "prefill", "decode")}
     judged = worst if overlap == 1.0 else {"vision": worst["vision"]}  # other tokens kept: other logits, by right
-    return {"program": program, "precision": precision, "bound": bound, "worst": worst, "kept_overlap": overlap,
-            "ok": all(v <= bound for v in judged.values()) and overlap >= (KEPT_OVERLAP if precision != "float32" else 1.0)}
+    return {
+        "program": program,
+        "precision": precision,
+        "bound": bound,
+        "worst": worst,
+        "kept_overlap": overlap,
+        "ok": all(v <= bound for v in judged.values()) and overlap >= (KEPT_OVERLAP if precision != "float32" else 1.0),
+    }
 
 
 # -- 2. speed
@@ -211,8 +231,13 @@ def check_speed(g: Geometry, device: str, dtype: torch.dtype, deadline: float, r
     figures = {n: Figures.of(p, text_tokens=g.text_tokens) for n, p in both.items()}
     ideal = figures["baseline"].prefill_flops / figures["reduced"].prefill_flops
     found: dict[str, Any] = {
-        "geometry": dataclasses.asdict(g), "dtype": str(dtype).removeprefix("torch."), "flop_ratio": ideal,
-        "gflops": {n: f.prefill_flops / 1e9 for n, f in figures.items()}, "kv_bytes": {n: f.kv_bytes for n, f in figures.items()}, "modes": {}}
+        "geometry": dataclasses.asdict(g),
+        "dtype": str(dtype).removeprefix("torch."),
+        "flop_ratio": ideal,
+        "gflops": {n: f.prefill_flops / 1e9 for n, f in figures.items()},
+        "kv_bytes": {n: f.kv_bytes for n, f in figures.items()},
+        "modes": {},
+    }
     runners = {n: Runner(p, g, device, dtype) for n, p in both.items()}
     for mode in ("sdpa", "compile"):
         if mode == "compile":
@@ -232,9 +257,14 @@ def _mode(runners: dict[str, Runner], device: str, ideal: float, rounds: int) ->
     feeds = {n: r.cache(r.prefill()) for n, r in runners.items()}
     decode = alternate({n: (lambda r=r, f=feeds[n]: r.decode(f)) for n, r in runners.items()}, device, rounds)
     speedup = median(b / a for b, a in zip(prefill["baseline"], prefill["reduced"], strict=True))
-    return {"prefill_ms": {n: median(t) for n, t in prefill.items()}, "decode_ms": {n: median(t) for n, t in decode.items()}, "prefill_speedup": speedup,
-            "share_of_ideal": speedup / ideal, "decode_speedup": median(b / a for b, a in zip(decode["baseline"], decode["reduced"], strict=True)),
-            "peak_mb": {n: peak(r.prefill, device) for n, r in runners.items()}}
+    return {
+        "prefill_ms": {n: median(t) for n, t in prefill.items()},
+        "decode_ms": {n: median(t) for n, t in decode.items()},
+        "prefill_speedup": speedup,
+        "share_of_ideal": speedup / ideal,
+        "decode_speedup": median(b / a for b, a in zip(decode["baseline"], decode["reduced"], strict=True)),
+        "peak_mb": {n: peak(r.prefill, device) for n, r in runners.items()},
+    }
 
 
 def alternate(candidates: dict[str, Callable[[], Any]], device: str, rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
@@ -280,24 +310,37 @@ def machine(device: str) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown."""
-    lines = [f"# GPU check: {record['machine']['gpu'] or 'no GPU'}, torch {record['machine']['torch']}, {record['seconds']:.0f} s", "",
-             "| program | precision | vision | prefill | decode | bound | kept overlap | ok |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"# GPU check: {record['machine']['gpu'] or 'no GPU'}, torch {record['machine']['torch']}, {record['seconds']:.0f} s",
+        "",
+        "| program | precision | vision | prefill | decode | bound | kept overlap | ok |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for r in record["numbers"]:
         w = r["worst"]
-        lines.append(f"| {r['program']} | {r['precision']} | {w['vision']:.1e} | {w['prefill']:.1e} | {w['decode']:.1e} | {r['bound']:.0e} "
-                     f"| {r['kept_overlap']:.2f} | {'yes' if r['ok'] else 'NO'} |")
+        lines.append(
+            f"| {r['program']} | {r['precision']} | {w['vision']:.1e} | {w['prefill']:.1e} | {w['decode']:.1e} | {r['bound']:.0e} "
+            f"| {r['kept_overlap']:.2f} | {'yes' if r['ok'] else 'NO'} |"
+        )
     s = record["speed"]
-    lines += ["", f"{s['geometry']['name']}, {s['dtype']}, keep {s['geometry']['keep']} of {record['visual']} visual tokens from layer {s['geometry']['layer']} on; "
-              f"FLOP ratio {s['flop_ratio']:.2f}", "", "| mode | prefill ms, before -> after | speed-up | of the FLOP ratio | decode ms, before -> after | peak MB |",
-              "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        f"{s['geometry']['name']}, {s['dtype']}, keep {s['geometry']['keep']} of {record['visual']} visual tokens from layer {s['geometry']['layer']} on; "
+        f"FLOP ratio {s['flop_ratio']:.2f}",
+        "",
+        "| mode | prefill ms, before -> after | speed-up | of the FLOP ratio | decode ms, before -> after | peak MB |",
+        "|---|---|---|---|---|---|",
+    ]
     for mode, m in s["modes"].items():
         if "not_run" in m:
             lines.append(f"| {mode} | not run: {m['not_run']} | | | | |")
             continue
         p, d, memory = m["prefill_ms"], m["decode_ms"], m["peak_mb"]
         used = "-" if memory["baseline"] is None else f"{memory['baseline']:.0f} -> {memory['reduced']:.0f}"
-        lines.append(f"| {mode} | {p['baseline']:.2f} -> {p['reduced']:.2f} | {m['prefill_speedup']:.2f}x | {m['share_of_ideal']:.0%} "
-                     f"| {d['baseline']:.2f} -> {d['reduced']:.2f} | {used} |")
+        lines.append(
+            f"| {mode} | {p['baseline']:.2f} -> {p['reduced']:.2f} | {m['prefill_speedup']:.2f}x | {m['share_of_ideal']:.0%} "
+            f"| {d['baseline']:.2f} -> {d['reduced']:.2f} | {used} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -32,12 +32,8 @@ DEFAULT_CODES = {"PassError": 2, "RunError": 2, "GraphError": 3, "LowerError": 3
 
 Model = Annotated[str, typer.Argument(help="model folder or hub id")]
 Folder = Annotated[Path, typer.Argument(help="artifact folder")]
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", "-r", help="name, YAML file, or inline: 'drop-fastv{layer=2,keep=64}'; none = no reduction")
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe parameter: keep=32 or drop-fastv.layer=3")
-]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="name, YAML file, or inline: 'drop-fastv{layer=2,keep=64}'; none = no reduction")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe parameter: keep=32 or drop-fastv.layer=3")]
 OptOption = Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="option of the target, e.g. precision=float16")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
@@ -132,9 +128,7 @@ def run(
         progress("load", str(artifact))
         session = load(artifact, verify=verify)
     with session:
-        request: dict[str, Any] = (
-            {"prompt": prompt} if raw or not getattr(session.processor, "chat_template", None) else {"messages": _question(prompt)}
-        )
+        request: dict[str, Any] = {"prompt": prompt} if raw or not getattr(session.processor, "chat_template", None) else {"messages": _question(prompt)}
         result = session.generate([str(i) for i in image or []] or None, **request, max_new_tokens=max_new_tokens, seed=seed, **options)
     drawn = result.overlay(overlay) if overlay else None
     if as_json:
@@ -195,7 +189,8 @@ def inspect(artifact: Folder, verify: Annotated[bool, typer.Option("--verify/--n
         return
     facts = manifest["facts"]
     out.print(
-        f"{artifact}: {facts['model_type']} for {manifest['target']}, {facts['layers']} layers, {_size(artifact)}, hashes {'checked' if verify else 'not checked'}"
+        f"{artifact}: {facts['model_type']} for {manifest['target']}, {facts['layers']} layers, {_size(artifact)}, "
+        f"hashes {'checked' if verify else 'not checked'}"
     )
     out.print("versions: " + ", ".join(f"{k} {v}" for k, v in manifest.get("versions", {}).items()))
     for record in manifest.get("history", []):
@@ -248,9 +243,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="show this recipe as
         return
     found = [load(n) for n in names()]
     if as_json:
-        _json(
-            [{"name": r.name, "description": r.description, "paper": r.paper, "passes": [s.rewrite.name for s in r.steps]} for r in found]
-        )
+        _json([{"name": r.name, "description": r.description, "paper": r.paper, "passes": [s.rewrite.name for s in r.steps]} for r in found])
         return
     table = Table("recipe", "what", "passes", "paper", box=None)
     for r in found:
@@ -285,9 +278,7 @@ def dump(
     model: Model,
     recipe: RecipeOption = None,
     set_: SetOption = None,
-    after: Annotated[
-        str | None, typer.Option(help="the program right after this pass of the recipe (or after this pass with its defaults)")
-    ] = None,
+    after: Annotated[str | None, typer.Option(help="the program right after this pass of the recipe (or after this pass with its defaults)")] = None,
     stage: Annotated[str | None, typer.Option(help="vision, prefill or decode; all when left out")] = None,
     plugin: PluginOption = None,
     quiet: Quiet = False,

@@ -51,7 +51,9 @@ class Cost:
 
     def at(self, **sizes: int) -> dict[str, Any]:
         """Numbers for these sizes: {"flops", "bytes", "kv_bytes", "layers": [{"layer", "tokens", "flops", "bytes"}]}; a missing symbol is a KeyError."""
-        rows = [{"layer": r.layer, "tokens": evaluate(r.tokens, sizes), "flops": evaluate(r.flops, sizes), "bytes": evaluate(r.bytes, sizes)} for r in self.rows]
+        rows = [
+            {"layer": r.layer, "tokens": evaluate(r.tokens, sizes), "flops": evaluate(r.flops, sizes), "bytes": evaluate(r.bytes, sizes)} for r in self.rows
+        ]
         totals = {key: sum(row[key] for row in rows) for key in ("flops", "bytes")}
         return {**totals, "kv_bytes": evaluate(self.kv_bytes, sizes), "layers": rows}
 
@@ -105,7 +107,23 @@ def _tensor_bytes(value: Any) -> Any:
     return sum((_tensor_bytes(v) for v in value), sympy.Integer(0)) if isinstance(value, (list, tuple)) else sympy.Integer(0)
 
 
-VIEWS = ("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select", "chunk", "split", "getitem", "sym_size", "alias", "flatten")
+VIEWS = (
+    "view",
+    "reshape",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "slice",
+    "select",
+    "chunk",
+    "split",
+    "getitem",
+    "sym_size",
+    "alias",
+    "flatten",
+)
 
 
 def _bytes(node: Node) -> Any:

@@ -16,7 +16,8 @@ from .sites import layer_of
 STYLE = """
 :root { color-scheme: light dark; --bar: #4c8bf5; --cut: #d9822b; --line: #8884; }
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; } td, th { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; } td, th { padding: .15rem .6rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
 td:last-child { width: 45%; } .bar { background: var(--bar); height: .8rem; border-radius: 2px; } .cut .bar { background: var(--cut); }
 pre { overflow-x: auto; font-size: 12px; padding: .6rem; border: 1px solid var(--line); border-radius: 4px; } summary { cursor: pointer; }
 """
@@ -46,14 +47,18 @@ def page(program: Program, sizes: Mapping[str, int] | None = None) -> str:
     parts = [f"<h1>{html.escape(program.facts.model_type)}</h1>", f"<p>Sizes: {', '.join(f'{k} = {v}' for k, v in sizes.items())}</p>"]
     if program.history:
         parts.append("<h2>Passes</h2><table><tr><th>pass</th><th>parameters</th><th>nodes</th><th>ms</th></tr>")
-        parts += [f"<tr><td>{r.name}</td><td>{html.escape(str(r.parameters))}</td><td>{r.nodes[0]} → {r.nodes[1]}</td><td>{r.ms:.0f}</td></tr>" for r in program.history]
+        parts += [
+            f"<tr><td>{r.name}</td><td>{html.escape(str(r.parameters))}</td><td>{r.nodes[0]} → {r.nodes[1]}</td><td>{r.ms:.0f}</td></tr>"
+            for r in program.history
+        ]
         parts.append("</table>")
     for name, stage in program.stages.items():
         parts.append(f"<h2>{name}</h2>")
         if name != "decode":
             parts.append(_bars(program, name, sizes))
         parts.append(f"<details><summary>{len(stage.graph.nodes)} nodes</summary><pre>{html.escape(dump_stage(stage))}</pre></details>")
-    return f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>foveate</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>"
+    head = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>foveate</title>"
+    return f"{head}<style>{STYLE}</style><body>{''.join(parts)}</body></html>"
 
 
 def _bars(program: Program, stage: str, sizes: Mapping[str, int]) -> str:
@@ -62,7 +67,10 @@ def _bars(program: Program, stage: str, sizes: Mapping[str, int]) -> str:
     lines = ["<table><tr><th>layer</th><th>tokens</th><th>MFLOP</th><th>MB moved</th><th></th></tr>"]
     for layer, tokens, flops, moved in rows:
         label, cut = ("other", "") if layer == OTHER else (str(layer), " class=cut" if 0 < tokens < widest else "")
-        lines.append(f"<tr{cut}><td>{label}</td><td>{tokens}</td><td>{flops / 1e6:.1f}</td><td>{moved / 1e6:.1f}</td><td><div class=bar style='width:{100 * tokens / widest:.1f}%'></div></td></tr>")
+        lines.append(
+            f"<tr{cut}><td>{label}</td><td>{tokens}</td><td>{flops / 1e6:.1f}</td><td>{moved / 1e6:.1f}</td>"
+            f"<td><div class=bar style='width:{100 * tokens / widest:.1f}%'></div></td></tr>"
+        )
     return "".join([*lines, "</table>"])
 
 
@@ -72,6 +80,3 @@ def _pattern(program: Program, stage: str) -> re.Pattern[str]:
 
 def _label(node: Node) -> str:
     return node.meta.get("name", node.name) if node.op == "placeholder" else str(node.target).removesuffix(".default")
-
-
-

@@ -91,7 +91,10 @@ def _debug(number: int, record: PassRecord, program: Program) -> None:
     level = _level()
     if level >= 1:
         tokens = " ".join(dict.fromkeys(record.tokens.values()))
-        print(f"{number:02d} {record.name}: {'changed' if record.changed else 'idle'}, nodes {record.nodes[0]} -> {record.nodes[1]}, tokens {tokens}, {record.ms:.0f} ms")
+        print(
+            f"{number:02d} {record.name}: {'changed' if record.changed else 'idle'}, nodes {record.nodes[0]} -> {record.nodes[1]}, "
+            f"tokens {tokens}, {record.ms:.0f} ms"
+        )
     if level >= 3:
         Path("dump").mkdir(exist_ok=True)
         Path("dump", f"{number:02d}-{record.name}.txt").write_text(dump(program) + "\n")

@@ -21,9 +21,22 @@ def tiny_llava(layers: int = 3) -> Path:
     _KEEP.append(tempfile.TemporaryDirectory(prefix="tiny-llava-"))
     folder = Path(_KEEP[-1].name) / "checkpoint"
     torch.manual_seed(0)
-    text = T.LlamaConfig(vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                         head_dim=8, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    vision = T.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=SIDE, patch_size=PATCH, projection_dim=32)
+    text = T.LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vision = T.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=SIDE, patch_size=PATCH, projection_dim=32
+    )
     config = T.LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=-1, image_seq_length=(SIDE // PATCH) ** 2)
     model = T.LlavaForConditionalGeneration(config).eval()
     for name, parameter in model.named_parameters():  # wide enough that attention, positions and the picture decide the next token
@@ -44,10 +57,21 @@ def processor():
     tokenizer = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = T.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-                                     additional_special_tokens=["<image>"], padding_side="left", model_max_length=512)
+    fast = T.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+        model_max_length=512,
+    )
     pictures = T.CLIPImageProcessor(size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    template = ("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
-                "{% if c.type == 'image' %}<image> {% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}")
-    return T.LlavaProcessor(pictures, fast, patch_size=PATCH, vision_feature_select_strategy="default", chat_template=template, image_token="<image>",
-                            num_additional_image_tokens=1)
+    template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+        "{% if c.type == 'image' %}<image> {% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    )
+    return T.LlavaProcessor(
+        pictures, fast, patch_size=PATCH, vision_feature_select_strategy="default", chat_template=template, image_token="<image>", num_additional_image_tokens=1
+    )

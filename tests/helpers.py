@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from foveate.graph import ops  # noqa: F401  (registers the dialect)
-from foveate.graph.program import Facts, KVLayer, Program, Stage
+from foveate.graph.program import Facts, KVLayer, Program
 from foveate.graph.stage import from_exported
 
 F = torch.ops.foveate
@@ -121,7 +121,9 @@ def _toy(layers: int, seed: int) -> Program:
     past = [torch.randn(5, 1, 7 + 2 * (i // 2), WIDTH) for i in range(2 * layers)]
     step = (ids[:, :1], torch.full((5, 1), 10), torch.full((layers, 5), 3), past)
     rows = [Dim(f"P{i}", min=1, max=4096) for i in range(layers)]
-    decode = torch.export.export(Decode(model), step, dynamic_shapes=({0: B}, {0: B}, {1: B}, [{0: B, 2: rows[i // 2]} for i in range(2 * layers)]), strict=False)
+    decode = torch.export.export(
+        Decode(model), step, dynamic_shapes=({0: B}, {0: B}, {1: B}, [{0: B, 2: rows[i // 2]} for i in range(2 * layers)]), strict=False
+    )
     pixels = torch.randn(5, 6, 3)
     tower = torch.export.export(vision, (pixels,), dynamic_shapes=({0: images},), strict=False)
     kv_names = [f"{w}.{i}" for i in range(layers) for w in "kv"]
@@ -131,8 +133,20 @@ def _toy(layers: int, seed: int) -> Program:
             "prefill": from_exported(prefill, list(example), ["logits", "kv_lengths", *kv_names]),
             "decode": from_exported(decode, ["input_ids", "position_ids", "lengths", *[f"past_{n}" for n in kv_names]], ["logits", *kv_names]),
         },
-        facts=Facts(model_type="toy", image_token_id=IMAGE, eos_token_ids=(0,), vocab_size=VOCAB, hidden_size=WIDTH, layers=layers,
-                    layer_path=r"lm\.layers\.(\d+)", vision_layer_path=r"^blocks\.(\d+)", vision_grid=(2, 3), has_cls=True, tokens_per_image=6, features_per_image=6),
+        facts=Facts(
+            model_type="toy",
+            image_token_id=IMAGE,
+            eos_token_ids=(0,),
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            layers=layers,
+            layer_path=r"lm\.layers\.(\d+)",
+            vision_layer_path=r"^blocks\.(\d+)",
+            vision_grid=(2, 3),
+            has_cls=True,
+            tokens_per_image=6,
+            features_per_image=6,
+        ),
         kv=[KVLayer(i, 1, WIDTH, WIDTH) for i in range(layers)],
         example={"prefill": example, "vision": {"pixel_values": pixels}},
     )

@@ -4,8 +4,9 @@ import json
 
 import pytest
 from checkpoints import tiny_llava
-from foveate.cli import execute
 from PIL import Image
+
+from foveate.cli import execute
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,10 @@ def test_raw_and_chat_prompts_agree(capsys, artifact, picture):
 
 
 def test_sampling_options_reach_the_session(capsys, artifact, picture):
-    tokens = [json.loads(run(capsys, "run", artifact, "-i", picture, "-p", "a ?", "--sample", "--temperature", 9, "--seed", s, "--json")[1])["tokens"] for s in (1, 1, 2)]
+    tokens = [
+        json.loads(run(capsys, "run", artifact, "-i", picture, "-p", "a ?", "--sample", "--temperature", 9, "--seed", s, "--json")[1])["tokens"]
+        for s in (1, 1, 2)
+    ]
     assert tokens[0] == tokens[1] != tokens[2]
 
 
@@ -78,7 +82,9 @@ def test_bench_compares(capsys, artifact, picture):
 
 def test_dry_run_forecasts_and_writes_nothing(capsys, tmp_path):
     saved = tmp_path / "recipe.yaml"
-    code, out, _ = run(capsys, "optimize", tiny_llava(), "-r", "drop-uniform{layer=2,keep=2}", "--dry-run", "--save-recipe", saved, "-o", tmp_path / "never", "--json")
+    code, out, _ = run(
+        capsys, "optimize", tiny_llava(), "-r", "drop-uniform{layer=2,keep=2}", "--dry-run", "--save-recipe", saved, "-o", tmp_path / "never", "--json"
+    )
     report = json.loads(out)
     assert code == 0 and report["artifact"] is None
     assert list(report["after"]["tokens"].values()) == [48, 48, 34]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from checkpoints import processor, tiny_llava
-from foveate.cli import execute
 from PIL import Image
+
+from foveate.cli import execute
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,7 +18,9 @@ def test_the_whole_run_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
     assert gpu_check.main() == 0
     record = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert {(r["program"], r["precision"]) for r in record["numbers"]} == {(p, t) for p in ("baseline", "drop-uniform", "drop-fastv") for t in ("float32", "bfloat16")}
+    assert {(r["program"], r["precision"]) for r in record["numbers"]} == {
+        (p, t) for p in ("baseline", "drop-uniform", "drop-fastv") for t in ("float32", "bfloat16")
+    }
     assert record["ok"] and record["speed"]["flop_ratio"] > 1
     assert record["speed"]["modes"]["sdpa"]["prefill_ms"]["baseline"] > 0 and "not_run" in record["speed"]["modes"]["compile"]
     assert "| drop-fastv | bfloat16 |" in (tmp_path / "gpu_check.md").read_text()

@@ -38,7 +38,13 @@ def test_no_absolute_import_of_ourselves(folder):
     """It would import a second copy of every module when the folder is used under its own name."""
     for file in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
             assert not any(n.split(".")[0] in ("foveate", *MAY_IMPORT) for n in names), f"{file.relative_to(ROOT)}:{node.lineno} imports {names}"
 
 
@@ -47,7 +53,13 @@ def test_heavy_packages_stay_in_their_place(package, allowed):
     for folder in MAY_IMPORT:
         for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+                names = (
+                    [a.name for a in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                    if isinstance(node, ast.ImportFrom) and not node.level
+                    else []
+                )
                 if any(n.split(".")[0] == package for n in names):
                     relative = file.relative_to(ROOT).as_posix()
                     assert any(relative.startswith(a) for a in allowed), f"{relative}:{node.lineno} imports {package}"

@@ -2,11 +2,26 @@
 
 import inspect
 
-import foveate
 import pytest
 
-PUBLIC = ["FoveateError", "GateError", "Generation", "GraphError", "LowerError", "OptimizedModel", "PassError", "Report", "RunError", "Session", "forecast", "load",
-          "load_plugin", "optimize_model"]
+import foveate
+
+PUBLIC = [
+    "FoveateError",
+    "GateError",
+    "Generation",
+    "GraphError",
+    "LowerError",
+    "OptimizedModel",
+    "PassError",
+    "Report",
+    "RunError",
+    "Session",
+    "forecast",
+    "load",
+    "load_plugin",
+    "optimize_model",
+]
 
 
 def test_names():

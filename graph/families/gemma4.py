@@ -25,10 +25,13 @@ class Gemma4(Family):
     def check(self, model: Any) -> None:
         shared = getattr(self.text_config(model), "num_kv_shared_layers", 0)
         if shared:
-            raise GraphError(f"capture: {shared} layers of this gemma4 read the cache of earlier layers; only models whose layers all have their own are supported")
+            raise GraphError(
+                f"capture: {shared} layers of this gemma4 read the cache of earlier layers; only models whose layers all have their own are supported"
+            )
 
-    def language_inputs(self, model: Any, input_ids: Tensor, features: dict[str, Tensor], valid: Tensor, visual: Tensor,
-                        position_ids: Tensor, cache: Any) -> dict[str, Any]:
+    def language_inputs(
+        self, model: Any, input_ids: Tensor, features: dict[str, Tensor], valid: Tensor, visual: Tensor, position_ids: Tensor, cache: Any
+    ) -> dict[str, Any]:
         """Visual tokens take the padding token's per-layer inputs."""
         config = self.text_config(model)
         ids = input_ids.masked_fill(visual, config.pad_token_id)
@@ -52,7 +55,7 @@ class Gemma4(Family):
         rows, columns = 4 * k, 6 * k
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         positions = torch.stack([x, y], -1).reshape(1, -1, 2).repeat(images, 1, 1)
-        return {"pixel_values": noise((images, rows * columns, 3 * vision.patch_size ** 2), model), "image_position_ids": positions}
+        return {"pixel_values": noise((images, rows * columns, 3 * vision.patch_size**2), model), "image_position_ids": positions}
 
     def vision_inputs(self, model: Any, example: dict[str, Tensor]) -> VisionInputs:
         """Padding patches stand at the end and are cut off."""
@@ -61,7 +64,7 @@ class Gemma4(Family):
         used = int((positions[0] >= 0).all(-1).sum())
         x, y = positions[0, :used].unbind(-1)
         group = x // k + (int(x.max()) + 1) // k * (y // k)
-        pooling = torch.nn.functional.one_hot(group, used // k ** 2).T.float() / k ** 2  # [tokens, patches]
+        pooling = torch.nn.functional.one_hot(group, used // k**2).T.float() / k**2  # [tokens, patches]
         pixels = example["pixel_values"]
         baked = {"positions": positions[:, :used].to(pixels.device), "pooling": pooling.to(pixels.device), "used": used}
         return VisionInputs({"pixel_values": pixels}, baked=baked, note=f"{ONE_PICTURE}; {used} patches")
@@ -83,9 +86,29 @@ class Gemma4(Family):
 
     def tiny(self, layers: int) -> Tiny:
         import transformers as T
-        vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16,
-                  "patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 64}
+
+        vision = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+        }
         text = llama_config(layers, layer_types=alternating(layers), sliding_window=12, vocab_size_per_layer_input=512, hidden_size_per_layer_input=16)
-        config = T.Gemma4Config(vision_config=vision, text_config=text, audio_config=None, image_token_id=500, boi_token_id=501, eoi_token_id=502,
-                                video_token_id=503, audio_token_id=504, boa_token_id=505, eoa_token_index=506)
+        config = T.Gemma4Config(
+            vision_config=vision,
+            text_config=text,
+            audio_config=None,
+            image_token_id=500,
+            boi_token_id=501,
+            eoi_token_id=502,
+            video_token_id=503,
+            audio_token_id=504,
+            boa_token_id=505,
+            eoa_token_index=506,
+        )
         return Tiny(T.Gemma4ForConditionalGeneration(config), image_tokens=24, before=(501,), after=(502,))

@@ -109,7 +109,7 @@ class Qwen2VL(PackedPatches):
 
 
 @register
-class Qwen2_5VL(PackedPatches):  # noqa: N801
+class Qwen2_5VL(PackedPatches):
     model_types = ("qwen2_5_vl",)
     module = "qwen2_5_vl"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from ._tiny import clip_config, llama_config
 from .base import Family, Tiny, register
 from .llava import clip_grid

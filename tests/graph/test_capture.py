@@ -94,7 +94,7 @@ def test_parameters_are_the_models_own_under_its_names(llava):
 
 
 def test_batch_and_sequence_are_free(llava):
-    model, program = llava
+    _model, program = llava
     facts = program.facts
     for B, S, N in ((1, 20, 9), (4, 31, 1)):
         ids = torch.randint(10, 400, (B, S))
@@ -106,7 +106,7 @@ def test_batch_and_sequence_are_free(llava):
 
 def test_the_comparison_can_fail(llava):
     """Two samples with each other's pictures: logits move by far more than the tolerance of the family tests."""
-    model, program = llava
+    _model, program = llava
     tiny = build(REGISTRY["llava"], LAYERS)
     ids, mask = prompts(REGISTRY["llava"], tiny, batch=1).padded(left=True)
     feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -154,52 +154,52 @@ def test_fake_kernels_give_the_shapes_of_the_bodies():
 
 def test_a_text_only_model_is_refused():
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_config(1)))
-    with pytest.raises(GraphError, match="'llama' is a text-only model"):
+    with pytest.raises(GraphError, match=r"'llama' is a text-only model"):
         capture(model)
 
 
 def test_a_model_type_without_family_names_those_that_exist():
     model = build(REGISTRY["llava"], 1).model
     model.config.model_type = "unheard_of"
-    with pytest.raises(GraphError, match="no family for model type 'unheard_of'; families: .*llava.*qwen2_vl"):
+    with pytest.raises(GraphError, match=r"no family for model type 'unheard_of'; families: .*llava.*qwen2_vl"):
         family_of(model)
-    with pytest.raises(GraphError, match="Linear is not a Hugging Face model"):
+    with pytest.raises(GraphError, match=r"Linear is not a Hugging Face model"):
         family_of(torch.nn.Linear(2, 2))
 
 
 def test_images_without_processor_are_refused():
-    with pytest.raises(GraphError, match="no processor with an image_processor"):
+    with pytest.raises(GraphError, match=r"no processor with an image_processor"):
         capture(build(REGISTRY["llava"], 1).model, images=[object()])
 
 
 def test_chunked_attention_is_refused():
     from transformers.masking_utils import chunked_causal_mask_function
-    with pytest.raises(GraphError, match="chunked attention"):
+    with pytest.raises(GraphError, match=r"chunked attention"):
         _mask(1, 4, 4, mask_function=chunked_causal_mask_function(2, torch.zeros(1, dtype=torch.int64)))
 
 
 def test_layers_that_share_a_cache_are_refused():
     model = build(REGISTRY["gemma4"], 2).model
     model.config.text_config.num_kv_shared_layers = 1
-    with pytest.raises(GraphError, match="1 layers of this gemma4 read the cache of earlier layers"):
+    with pytest.raises(GraphError, match=r"1 layers of this gemma4 read the cache of earlier layers"):
         capture(model)
 
 
 def test_load_model_says_what_is_missing(tmp_path: Path):
-    with pytest.raises(GraphError, match="is not a model folder"):
+    with pytest.raises(GraphError, match=r"is not a model folder"):
         load_model(tmp_path / "nowhere")
     text = tmp_path / "text"
     transformers.LlamaConfig(**llama_config(1)).save_pretrained(text)
-    with pytest.raises(GraphError, match="holds 'llama', which is not a vision-language model"):
+    with pytest.raises(GraphError, match=r"holds 'llama', which is not a vision-language model"):
         load_model(text)
     bare = tmp_path / "bare"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         build(REGISTRY["llava"], 1).model.save_pretrained(bare)
-    with pytest.raises(GraphError, match="has no processor|has no image processor"):
+    with pytest.raises(GraphError, match=r"has no processor|has no image processor"):
         load_model(bare)
     (bare / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(GraphError, match="the weights of .* cannot be read"):
+    with pytest.raises(GraphError, match=r"the weights of .* cannot be read"):
         load_model(bare, processor=False)
     model, processor = load_model(bare, device="meta", processor=False)
     assert processor is None and next(model.parameters()).device.type == "meta"

@@ -49,9 +49,23 @@ def test_declaration(name):
     torch.library.opcheck(NAMES[name], EXAMPLES[name], test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_rows", "attention_columns", "keep_tokens", "merge_tokens", "insert_tokens", "scatter_tokens", "last_token", "splice_image_features"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention",
+        "attention_rows",
+        "attention_columns",
+        "keep_tokens",
+        "merge_tokens",
+        "insert_tokens",
+        "scatter_tokens",
+        "last_token",
+        "splice_image_features",
+    ],
+)
 def test_gradient(name):
     """Against finite differences, in float64 with the softmax in float32: 1e-3 is what float32 leaves of a difference quotient."""
+
     def double(a):
         return a.double().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
 

@@ -51,7 +51,7 @@ def test_refuses_an_ambiguous_override():
 
 
 def test_a_pass_that_changes_nothing_is_an_error_unless_optional(toy):
-    with pytest.raises(PassError, match="drop-fastv: nothing to change.*ran before: nothing"):
+    with pytest.raises(PassError, match=r"drop-fastv: nothing to change.*ran before: nothing"):
         pipeline.run(toy.clone(), recipe.load("drop-fastv{layer=1,keep=1.0}"))
     program = pipeline.run(toy, recipe.load([{"drop-fastv": {"layer": 1, "keep": 1.0, "optional": True}}]))
     assert [r.changed for r in program.history] == [False]

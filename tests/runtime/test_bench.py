@@ -4,10 +4,11 @@ import time
 
 import pytest
 from fakes import Engine, Processor, manifest
+from PIL import Image
+
 from foveate.runtime.bench import Request, measure
 from foveate.runtime.errors import RunError
 from foveate.runtime.session import Session
-from PIL import Image
 
 
 class Slow(Engine):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import SIDE, tiny_llava
-from foveate import load, optimize_model
 from PIL import Image
+
+from foveate import load, optimize_model
 
 PROMPTS = ["<image> what is this ?", "<image> red thing and <image> blue thing ?", "what is a thing ?", "<image> is this green ? <image> and <image> a b c ?"]
 

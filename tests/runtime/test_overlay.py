@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from fakes import Engine, Processor, manifest
+from PIL import Image
+
 from foveate.runtime.errors import RunError
 from foveate.runtime.overlay import DARK, panel
 from foveate.runtime.session import Session
-from PIL import Image
 
 
 def test_cells_are_where_the_tokens_were():

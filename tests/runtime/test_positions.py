@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from foveate.runtime.batch import image_groups, lay_out
 from foveate.runtime.errors import RunError
 from foveate.runtime.positions import position_ids

@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 from fakes import EOS, IMAGE, PER_IMAGE, Engine, Processor, manifest
+from PIL import Image
+
 from foveate.runtime.errors import RunError
 from foveate.runtime.session import Session
-from PIL import Image
 
 
 def red(value: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
@@ -110,7 +111,8 @@ def test_messages_go_through_the_chat_template():
     engine = Engine()
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this ?"}]}]
     a = session(engine).generate(red(10), messages=turns, max_new_tokens=2)
-    b = session().generate(messages=[{"role": "user", "content": [{"type": "image", "image": red(10)}, {"type": "text", "text": "what is this ?"}]}], max_new_tokens=2)
+    content = [{"type": "image", "image": red(10)}, {"type": "text", "text": "what is this ?"}]
+    b = session().generate(messages=[{"role": "user", "content": content}], max_new_tokens=2)
     c = session().generate(red(10), messages=[{"role": "user", "content": "what is this ?"}], max_new_tokens=2)
     assert a.layouts[0].tokens.tolist() == b.layouts[0].tokens.tolist() == c.layouts[0].tokens.tolist()
     assert a.layouts[0].visual == PER_IMAGE
