@@ -11,12 +11,13 @@ TESTS ?= tests
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup demo test bench gpu-check clean
+.PHONY: help setup demo test nightly bench gpu-check clean
 
 help:
 	@echo "make setup      virtual environment in $(VENV) with the versions of constraints.txt"
 	@echo "make demo       optimize the test model, print before/after, answer a question, draw kept tokens, build TensorRT-RTX engines (in $(OUT)/)"
 	@echo "make test       ruff and pytest"
+	@echo "make nightly    10,000 random cuts against the mask-only oracle"
 	@echo "make bench      the speed table on ONNX Runtime (benchmarks/)"
 	@echo "make gpu-check  one run on a machine with a CUDA torch, no internet needed: JSON and table in \$$OUT or benchmarks/results"
 
@@ -33,7 +34,11 @@ demo: setup
 
 test: setup
 	$(VENV)/bin/ruff check .
-	$(RUN) -m pytest -q -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile $(TESTS)
+
+# 10,000 random (layer, keep, batch, images, padding) against the mask-only oracle
+nightly: setup
+	OMP_NUM_THREADS=1 FOVEATE_ORACLE_CASES=1000 $(RUN) -m pytest -q -n 2 tests/passes/test_every_method.py -k oracle
 
 bench: setup
 	$(RUN) -m benchmarks.ort_vs_hf
