@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout too, and finds examples.te
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 warnings.simplefilter("ignore")
 
 RECIPE = "drop-fastv{layer=4,keep=36}, clean-up"  # a quarter of the picture from layer 4 of 8 on
