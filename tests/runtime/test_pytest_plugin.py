@@ -28,7 +28,8 @@ def folder(tmp_path):
 def pytest_in(folder, *arguments):
     command = [sys.executable, "-m", "pytest", "-p", "foveate.pytest_plugin", "-rA", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+        command, cwd=folder, capture_output=True, text=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )
     return done.returncode, done.stdout + done.stderr
 
