@@ -9,8 +9,9 @@ from examples.testbed.words import BOS, EOS, PAD, encode
 
 WRAPS = ["{}", "{}", "what color is the {} ?", "where is the {} ?", "is there a {} ?", "what is below the {} ?", "what number is {} ?"]
 # How often a type is asked before its accuracy says otherwise (see `weights`).
-BASE = dict(digit_at=0.7, shape_at=0.4, color_at=0.6, color_of=1.0, where=1.4, which_digit=1.2, which_shape=0.7, count_color=1.3, count_kind=1.0,
-            exist=1.3, relation=1.6, compare=1.0, read=1.2, vtc_retrieve=1.2, vtc_associate=1.2, vtc_recall=0.8, pair_lookup=1.0, pair_which=0.8)
+BASE = dict(
+    digit_at=0.7, shape_at=0.4, color_at=0.6, color_of=1.0, where=1.4, which_digit=1.2, which_shape=0.7, count_color=1.3, count_kind=1.0,
+    exist=1.3, relation=1.6, compare=1.0, read=1.2, vtc_retrieve=1.2, vtc_associate=1.2, vtc_recall=0.8, pair_lookup=1.0, pair_which=0.8)
 
 
 def weights(accuracy: np.ndarray) -> np.ndarray:
@@ -37,7 +38,8 @@ def caption(rng: Generator, things: list) -> str:
 def phrase(rng: Generator, thing, labels: np.ndarray) -> tuple[str, np.ndarray]:
     """Some attributes of a thing in words, and the patches of a picture that have them all."""
     needle = isinstance(thing, Needle)
-    have = {"color": (COLORS[thing.color], thing.color + 1), "kind": (LETTERS[thing.key], thing.key) if needle else (KINDS[thing.kind], thing.kind + 1)}
+    kind = (LETTERS[thing.key], thing.key) if needle else (KINDS[thing.kind], thing.kind + 1)
+    have = {"color": (COLORS[thing.color], thing.color + 1), "kind": kind}
     use = pick(rng, [["kind"], ["kind"], ["color"], ["color", "kind"], ["color", "kind"]])
     match = labels[LABEL_ID["kind"]] > 0
     for what in use:
@@ -51,7 +53,7 @@ def phrase(rng: Generator, thing, labels: np.ndarray) -> tuple[str, np.ndarray]:
 
 def padded(texts: list[list[int]]) -> np.ndarray:
     out = np.full((len(texts), max(map(len, texts))), PAD, np.int64)
-    for row, text in zip(out, texts):
+    for row, text in zip(out, texts, strict=True):
         row[: len(text)] = text
     return out
 
@@ -117,4 +119,5 @@ def joint_batch(rng: Generator, n: int, weight: np.ndarray, *, images: int = 1, 
                 target[b, here], kind[b, here], answer[b, here] = said, TYPE_ID[qa.type], b * 100 + (answer[b].max() + 1) % 100
                 at += len(asked) + len(said)
             segment[b, start:at], offset[b, start:at] = s, np.arange(at - start)
-    return dict(**stack([p for g in groups for p in g], grid), ids=ids, segment=segment, offset=offset, target=target, kind=kind, answer=answer)
+    pictures = stack([p for g in groups for p in g], grid)
+    return dict(**pictures, ids=ids, segment=segment, offset=offset, target=target, kind=kind, answer=answer)

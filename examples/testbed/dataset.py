@@ -53,7 +53,7 @@ def exact(prediction: str, answer: str) -> float:
 def words(prediction: str, answer: str) -> float:
     """The share of the answer's words that stand at their place."""
     said, want = prediction.casefold().split(), answer.casefold().split()
-    return sum(a == b for a, b in zip(said, want)) / max(len(said), len(want), 1)
+    return sum(a == b for a, b in zip(said, want, strict=False)) / max(len(said), len(want), 1)
 
 
 METRICS: dict[str, Callable[[str, str], float]] = {"exact": exact, "words": words}
@@ -100,4 +100,5 @@ def parse(line: str, file: Path, number: int) -> Item:
         want(path.is_file(), f"no image {path}")
     metric = record.get("metric", "exact")
     want(metric is None or metric in METRICS, f"no metric {metric!r}; there are {sorted(METRICS)}")
-    return Item(str(record["id"]), paths, tuple(Turn(t["question"], t.get("answer")) for t in turns), str(record.get("slice", "all")), metric)
+    said = tuple(Turn(t["question"], t.get("answer")) for t in turns)
+    return Item(str(record["id"]), paths, said, str(record.get("slice", "all")), metric)

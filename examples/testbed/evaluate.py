@@ -12,19 +12,18 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")           # everything needed is in the folder
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.testbed import make_data  # noqa: E402
-from examples.testbed.dataset import Item, load_items, score  # noqa: E402
-from examples.testbed.scenes import scene  # noqa: E402
+from examples.testbed import make_data
+from examples.testbed.dataset import Item, load_items, score
+from examples.testbed.scenes import scene
 
-CHECKPOINT = HERE / "checkpoint"
+CHECKPOINT = Path(__file__).resolve().parent / "checkpoint"
 LONG = {"describe": 48}                                 # room for an answer; every other slice fits 12 tokens
 
 
@@ -40,7 +39,7 @@ def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def messages(item: Item, answers: list[str]) -> list[dict]:
     """The chat up to the next question: earlier turns carry the model's own answers."""
     said = [{"role": "user", "content": [*({"type": "image"} for _ in item.sources), {"type": "text", "text": item.turns[0].question}]}]
-    for answer, turn in zip(answers, item.turns[1:]):
+    for answer, turn in zip(answers, item.turns[1:], strict=False):
         said += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn.question}]
     return said
 
@@ -59,7 +58,7 @@ def answer(model, processor, items: list[Item], batch: int = 48, blank: Image.Im
             images = [[blank] * len(i.sources) if blank else i.images for i in now]
             inputs = processor(images=images, text=texts, return_tensors="pt", padding=True).to(model.device)
             out = model.generate(**inputs, max_new_tokens=kind[1], do_sample=False)
-            for item, ids in zip(now, out[:, inputs["input_ids"].shape[1]:]):
+            for item, ids in zip(now, out[:, inputs["input_ids"].shape[1]:], strict=True):
                 answers[item.id].append(processor.tokenizer.decode(ids, skip_special_tokens=True))
     return answers
 
@@ -68,7 +67,7 @@ def mark(items: Iterable[Item], answers: dict[str, list[str]]) -> dict[str, list
     """Per slice, one score per item: the mean over its turns."""
     marks = defaultdict(list)
     for item in items:
-        got = [score(a, t.answer, item.metric) for a, t in zip(answers[item.id], item.turns)]
+        got = [score(a, t.answer, item.metric) for a, t in zip(answers[item.id], item.turns, strict=True)]
         marks[item.slice].append(sum(got) / len(got))
     return marks
 
@@ -85,7 +84,8 @@ def summary(marks: dict[str, list[float]]) -> dict:
 
 def table(result: dict) -> str:
     rows = [*result["slices"].items(), ("overall", dict(result, accuracy=result["overall"]))]
-    return "\n".join(f"{name:14s} {100 * r['accuracy']:5.1f}%  [{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]  n={r['n']}" for name, r in rows)
+    return "\n".join(
+        f"{name:14s} {100 * r['accuracy']:5.1f}%  [{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]  n={r['n']}" for name, r in rows)
 
 
 def mean_image() -> Image.Image:

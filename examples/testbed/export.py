@@ -10,9 +10,9 @@ from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.testbed import words  # noqa: E402
-from examples.testbed.model import Testbed  # noqa: E402
-from examples.testbed.workers import Layout  # noqa: E402
+from examples.testbed import words
+from examples.testbed.model import Testbed
+from examples.testbed.workers import Layout
 
 
 def save(bed: Testbed, folder: Path) -> None:

@@ -13,9 +13,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.testbed.dataset import Item, Turn  # noqa: E402
-from examples.testbed.questions import PAGE, PAIR, QA, SCENE, SLICES, ask, pick  # noqa: E402
-from examples.testbed.scenes import Picture, page, scene  # noqa: E402
+from examples.testbed.dataset import Item, Turn
+from examples.testbed.questions import PAGE, PAIR, QA, SCENE, SLICES, ask, pick
+from examples.testbed.scenes import Picture, page, scene
 
 SPLITS = {"val": (2001, 608), "test": (3001, 2052), "calib": (4001, 200)}       # seed, items
 FIRST = [k for k in SCENE if k != "describe"]
@@ -75,7 +75,7 @@ def write(split: str, out: Path, limit: int | None = None) -> int:
     with (out / "items.jsonl").open("w", encoding="utf-8") as lines:
         for item in items(split, limit):
             names = [f"images/{item.id}-{i}.png" for i in range(len(item.sources))]
-            for name, image in zip(names, item.images):
+            for name, image in zip(names, item.images, strict=True):
                 image.save(out / name)
             lines.write(json.dumps(record(item, names)) + "\n")
             count += 1

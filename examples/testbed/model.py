@@ -5,12 +5,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from examples.testbed import words
 from examples.testbed.scenes import LABELS, SIZE
 
 HEAD = 32
+LABEL_WEIGHT = {"kind": 1.0, "color": 0.5, "row": 0.1, "col": 0.1, "center": 0.3}
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,9 @@ class Testbed(nn.Module):
             vision_config=vision, text_config=text, image_token_index=words.IMAGE, projector_hidden_act="gelu",
             vision_feature_select_strategy="default", vision_feature_layer=-2, image_seq_length=s.tokens)).float()
         self.text_tower = CLIPTextModelWithProjection(CLIPTextConfig(
-            vocab_size=len(words.VOCAB), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, hidden_act="gelu",
-            max_position_embeddings=64, projection_dim=128, pad_token_id=words.PAD, bos_token_id=words.BOS, eos_token_id=words.EOS)).float()
+            vocab_size=len(words.VOCAB), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            hidden_act="gelu", max_position_embeddings=64, projection_dim=128, pad_token_id=words.PAD,
+            bos_token_id=words.BOS, eos_token_id=words.EOS)).float()
         self.visual_projection = nn.Linear(s.vision_width, 128, bias=False)
         self.scales = nn.Parameter(torch.tensor([2.0, 2.0, -3.0]))     # log scale of CLS-caption, of patch-phrase, bias of patch-phrase
         self.labels = nn.Sequential(nn.LayerNorm(s.vision_width), nn.Linear(s.vision_width, sum(LABELS.values())))
@@ -148,13 +157,12 @@ def talk(bed: Testbed, features: Tensor, images: int, ids: Tensor, segment: Tens
 def label_loss(bed: Testbed, features: Tensor, labels: Tensor) -> Tensor:
     """Every label of every patch read linearly from the penultimate layer: features[B, T, D], labels[B, label, T]."""
     z, total = bed.labels(features), 0.0
-    foreground = labels[:, 0] > 0
-    weight = torch.where(foreground, 1.0, 0.15)
-    for i, (part, name) in enumerate(zip(z.split(list(LABELS.values()), -1), LABELS)):
-        y = labels[:, i]
-        w = weight * (y >= 0)
-        scale = {"kind": 1.0, "color": 0.5, "row": 0.1, "col": 0.1, "center": 0.3}.get(name, 0.2)
-        total = total + scale * (F.cross_entropy(part.flatten(0, 1), y.flatten().clamp(min=0), reduction="none") * w.flatten()).sum() / w.sum().clamp(min=1)
+    weight = torch.where(labels[:, 0] > 0, 1.0, 0.15)
+    for i, (part, name) in enumerate(zip(z.split(list(LABELS.values()), -1), LABELS, strict=True)):
+        y = labels[:, i].flatten()
+        w = weight.flatten() * (y >= 0)
+        loss = F.cross_entropy(part.flatten(0, 1), y.clamp(min=0), reduction="none")
+        total = total + LABEL_WEIGHT.get(name, 0.2) * (loss * w).sum() / w.sum().clamp(min=1)
     return total
 
 

@@ -184,7 +184,8 @@ def pair_which(rng: Generator, first: list[Thing], second: list[Thing]) -> Found
 
 PLURAL = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 SCENE: dict[str, Callable[..., Found]] = {f.__name__: f for f in (
-    digit_at, shape_at, color_at, color_of, where, which_digit, which_shape, count_color, count_kind, exist, relation, compare, read, describe)}
+    digit_at, shape_at, color_at, color_of, where, which_digit, which_shape, count_color, count_kind, exist, relation, compare, read,
+    describe)}
 PAGE: dict[str, Callable[..., Found]] = {f.__name__: f for f in (vtc_retrieve, vtc_associate, vtc_recall)}
 PAIR: dict[str, Callable[..., Found]] = {f.__name__: f for f in (pair_lookup, pair_which)}
 TYPES = {**SCENE, **PAGE, **PAIR, "transcribe": transcribe}          # `transcribe` is asked in training only

@@ -22,12 +22,14 @@ STEPS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
 # 5x7 pixel font, one number per row, the highest of five bits leftmost.
 FONT = {
-    "0": (14, 17, 19, 21, 25, 17, 14), "1": (4, 12, 4, 4, 4, 4, 14), "2": (14, 17, 1, 2, 4, 8, 31), "3": (31, 2, 4, 2, 1, 17, 14),
-    "4": (2, 6, 10, 18, 31, 2, 2), "5": (31, 16, 30, 1, 1, 17, 14), "6": (6, 8, 16, 30, 17, 17, 14), "7": (31, 1, 2, 4, 8, 8, 8),
-    "8": (14, 17, 17, 14, 17, 17, 14), "9": (14, 17, 17, 15, 1, 2, 12), "A": (14, 17, 17, 31, 17, 17, 17), "C": (14, 17, 16, 16, 16, 17, 14),
-    "E": (31, 16, 16, 30, 16, 16, 31), "F": (31, 16, 16, 30, 16, 16, 16), "H": (17, 17, 17, 31, 17, 17, 17), "K": (17, 18, 20, 24, 20, 18, 17),
-    "L": (16, 16, 16, 16, 16, 16, 31), "M": (17, 27, 21, 21, 17, 17, 17), "P": (30, 17, 17, 30, 16, 16, 16), "T": (31, 4, 4, 4, 4, 4, 4),
-    "U": (17, 17, 17, 17, 17, 17, 14), "X": (17, 17, 10, 4, 10, 17, 17),
+    "0": (14, 17, 19, 21, 25, 17, 14), "1": (4, 12, 4, 4, 4, 4, 14), "2": (14, 17, 1, 2, 4, 8, 31),
+    "3": (31, 2, 4, 2, 1, 17, 14), "4": (2, 6, 10, 18, 31, 2, 2), "5": (31, 16, 30, 1, 1, 17, 14),
+    "6": (6, 8, 16, 30, 17, 17, 14), "7": (31, 1, 2, 4, 8, 8, 8), "8": (14, 17, 17, 14, 17, 17, 14),
+    "9": (14, 17, 17, 15, 1, 2, 12), "A": (14, 17, 17, 31, 17, 17, 17), "C": (14, 17, 16, 16, 16, 17, 14),
+    "E": (31, 16, 16, 30, 16, 16, 31), "F": (31, 16, 16, 30, 16, 16, 16), "H": (17, 17, 17, 31, 17, 17, 17),
+    "K": (17, 18, 20, 24, 20, 18, 17), "L": (16, 16, 16, 16, 16, 16, 31), "M": (17, 27, 21, 21, 17, 17, 17),
+    "P": (30, 17, 17, 30, 16, 16, 16), "T": (31, 4, 4, 4, 4, 4, 4), "U": (17, 17, 17, 17, 17, 17, 14),
+    "X": (17, 17, 10, 4, 10, 17, 17),
 }
 
 
@@ -187,7 +189,7 @@ def scene(rng: Generator, split: str) -> Picture:
         paint(pixels, ink, y, x, tint(rng, color))
         things.append(Thing(row, col, kind, color))
         boxes.append((y, x, side))
-    for thing, (y, x, side) in zip(things, boxes):
+    for thing, (y, x, side) in zip(things, boxes, strict=True):
         spot = labels[:, covered(y, side), covered(x, side)]
         near = neighbours(thing, things)
         values = dict(kind=1 + thing.kind, color=1 + thing.color, same_color=sum(t.color == thing.color for t in things),
@@ -204,7 +206,7 @@ def page(rng: Generator) -> Picture:
     keys, values = rng.permutation(len(LETTERS)), rng.permutation(90) + 10
     palette = rng.permutation(len(COLORS))[: rng.integers(2, 4)]
     pixels, labels, needles = background(rng), BLANK.copy(), []
-    for cell, key, value in zip(cells, keys, values):
+    for cell, key, value in zip(cells, keys, values, strict=False):
         row, col, color = *divmod(cell, 2), int(palette[rng.integers(len(palette))])
         needle = Needle(row, col, int(key), int(value) // 10, int(value) % 10, color)
         width, height, gap = int(rng.integers(9, 11)), int(rng.integers(12, 15)), int(rng.integers(2, 5))

@@ -1,149 +1,220 @@
-"""Train the testbed from nothing: the vision tower as a small CLIP, then everything on packed questions. Kill it, run it again: it resumes."""
+"""Train the testbed from nothing: first the vision tower as a small CLIP, then everything on packed questions.
+
+Kill it and run it again with the same --out: it resumes from the last save. `--joint-steps` may be changed at a resume.
+"""
 
 import argparse
-import json
-import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.testbed import batches, model, words  # noqa: E402
-from examples.testbed.questions import TYPE_ID, TYPES  # noqa: E402
-from examples.testbed.workers import Layout, Shared, update  # noqa: E402
+from examples.testbed import batches, export, model
+from examples.testbed.questions import TYPE_ID, TYPES
+from examples.testbed.scenes import LABELS, SIZE
+from examples.testbed.workers import Layout, Shared, update
 
 PHASES = ("vision", "joint")
-# shared.state: 0 micro-batches per step, 1 phase, 2 step, then the running accuracy per question type from ACC on
-ACC = 16
+ACC = 16            # shared.state: 0 micro-batches per step, 1 phase, 2 step; from ACC on the running accuracy of every question type
+RIGHT, COUNT, HELD = 64, 128, 192                       # shared.stats: 0..15 losses, 16 how many; then answers by type
 
 
-def schedule(step: int, steps: int, warm: int = 80, hold: float = 0.5) -> float:
-    """Warm up, hold, then fall linearly to 2%: the total may be changed at a resume while it holds."""
+def schedule(step: int, steps: int, hold: float, warm: int = 80) -> float:
+    """Warm up, hold, then fall linearly to 2%: the total may still change at a resume while it holds."""
     x = max(0.0, (step / steps - hold) / (1 - hold))
     return min(1.0, (step + 1) / warm) * max(0.02, 1 - x)
 
 
-def tensors(batch: dict, device: str) -> dict[str, torch.Tensor]:
-    return {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
-
-
-def vision_losses(bed, b: dict) -> list[torch.Tensor]:
-    """Labels, CLS-caption contrast, patch-phrase match, CLS attention off the background; and that attention mass, for the log."""
+# ---- losses --------------------------------------------------------------------------------------------------------
+def vision_losses(bed: model.Testbed, b: dict[str, Tensor]) -> list[Tensor]:
+    """Labels, CLS-caption contrast, patch-phrase match; and, to watch, the CLS attention on foreground of the last two layers."""
     penultimate, last, seen = model.look(bed, b["pixels"], last=True)
     contrast, match = model.clip_loss(bed, last, b["caption"], b["phrase"], b["match"])
-    mass = [(a * (b["labels"][:, 0] > 0)).sum(1) for a in seen]
-    return [model.label_loss(bed, penultimate[:, 1:], b["labels"]), contrast, match, -sum(m.clamp(min=1e-4).log().mean() for m in mass), *(m.mean() for m in mass)]
+    foreground = b["labels"][:, 0] > 0
+    mass = [(a.detach() * foreground).sum(1).mean() for a in seen]
+    return [model.label_loss(bed, penultimate[:, 1:], b["labels"]), contrast, match, *mass]
 
 
-def joint_losses(bed, b: dict, images: int, frozen: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict]:
-    with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
+def joint_losses(bed: model.Testbed, b: dict[str, Tensor], images: int, rest: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Answer loss and label loss; right and asked per question type. `rest`: the vision tower is not trained."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not rest):
         features, _, _ = model.look(bed, b["pixels"])
         labels = model.label_loss(bed, features[:, 1:], b["labels"])
     hidden = model.talk(bed, features[:, 1:], images, b["ids"], b["segment"], b["offset"])
     here = b["target"] >= 0
-    logits, target, kind = bed.vlm.lm_head(hidden[here]), b["target"][here], b["kind"][here]
-    long = (kind == TYPE_ID["describe"]) | (kind == TYPE_ID["transcribe"])
-    weight = torch.where(long, 0.4, 1.0)
+    logits, target, kind, answer = bed.vlm.lm_head(hidden[here]).float(), b["target"][here], b["kind"][here], b["answer"][here]
+    weight = torch.where((kind == TYPE_ID["describe"]) | (kind == TYPE_ID["transcribe"]), 0.4, 1.0)
     loss = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
-    answer, wrong = b["answer"][here], logits.argmax(-1) != target
-    n = int(answer.max()) + 1
-    bad = torch.zeros(n, device=wrong.device).index_add_(0, answer, wrong.float())
-    of = torch.full((n,), -1, device=wrong.device).scatter_(0, answer, kind)
-    kinds = of[of >= 0].cpu()
-    count = torch.bincount(kinds, minlength=len(TYPES)).double()
-    right = torch.bincount(kinds[bad[of >= 0].cpu() == 0], minlength=len(TYPES)).double()
-    return loss, labels, right, count
+    wrong = torch.zeros(int(answer.max()) + 1, device=target.device).index_add_(0, answer, (logits.argmax(-1) != target).float())
+    of = torch.full_like(wrong, -1, dtype=torch.long).scatter_(0, answer, kind)
+    right = torch.bincount(of[(of >= 0) & (wrong == 0)], minlength=len(TYPES))
+    return loss, labels, right.double().cpu(), torch.bincount(of[of >= 0], minlength=len(TYPES)).double().cpu()
 
 
+# ---- data ----------------------------------------------------------------------------------------------------------
+class Micros(torch.utils.data.Dataset):
+    """Micro-batch i of step s of a phase, made from its own seed: a resumed run continues the same stream."""
+
+    def __init__(self, args: argparse.Namespace, phase: str, state: Tensor):
+        self.args, self.phase, self.state = args, phase, state
+        self.each = getattr(args, f"{phase}_micros")
+        self.steps = getattr(args, f"{phase}_steps")
+        self.grid = SIZE // model.SIZES[args.size].patch
+
+    def __len__(self) -> int:
+        return self.steps * self.each
+
+    def __getitem__(self, index: int) -> tuple[str, int, dict[str, np.ndarray]]:
+        """-> vision or joint, images per row, batch"""
+        a, (step, i) = self.args, divmod(index, self.each)
+        rng, progress = np.random.default_rng([a.seed, PHASES.index(self.phase), step, i]), step / self.steps
+        if self.phase == "vision":
+            return "vision", 1, batches.vision_batch(rng, a.vision_batch, grid=self.grid)
+        if i == 0 and progress < a.see_until:           # one micro-batch of vision only keeps the tower a CLIP
+            return "vision", 1, batches.vision_batch(rng, a.keep_batch, grid=self.grid)
+        images = 2 if progress > 0.08 and rng.random() < a.pairs else 1
+        weight = batches.weights(self.state[ACC:ACC + len(TYPES)].numpy())
+        rows, room = (a.joint_batch, 150) if images == 1 else (max(1, a.joint_batch * 3 // 4), 110)
+        chat = a.chat if progress > 0.1 else 0.0
+        return "joint", images, batches.joint_batch(rng, rows, weight, images=images, room=room, chat=chat, grid=self.grid)
+
+
+def as_is(sample):
+    return sample
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
 class Trainer:
-    def __init__(self, args, shared: Shared, rank: int):
+    """One worker: takes micro-batches until a step has enough, then updates its share of the parameters."""
+
+    def __init__(self, args: argparse.Namespace, shared: Shared, rank: int):
         self.args, self.shared, self.rank = args, shared, rank
         self.bed = model.Testbed(args.size).to(shared.device)
         self.layout = Layout(self.bed)
         self.folder = Path(args.out)
-        self.grid = 96 // self.bed.size.patch
-        self.clock = time.time()
+        self.clock, self.seconds = time.time(), 0.0
+        self.asked = torch.zeros(2, len(TYPES), dtype=torch.float64)
+        self.amp = nullcontext if shared.device == "cpu" else lambda: torch.autocast("cuda", torch.bfloat16)
         self.load()
 
-    # ---- state -------------------------------------------------------------------------------------------------
+    @property
+    def phase(self) -> str | None:
+        n = int(self.shared.state[1])
+        return PHASES[n] if n < len(PHASES) else None
+
     def load(self) -> None:
         s, file = self.shared, self.folder / "state.pt"
-        found = file.exists()
-        s.bind(self.layout, self.rank, load=found)
+        s.bind(self.layout, self.rank, load=file.exists())
         if self.rank == 0:
             s.state[ACC:ACC + len(TYPES)] = 0.3
-            if found:
+            if file.exists():
                 saved = torch.load(file, map_location=s.device)
                 if saved["names"] != self.layout.names:
-                    raise SystemExit(f"{file}: the parameters saved are not those of --size {self.args.size}")
+                    raise SystemExit(f"{file}: its parameters are not those of --size {self.args.size}")
                 for name in ("param", "first", "second", "state"):
                     getattr(s, name).copy_(saved[name])
-                self.say(f"resumed {PHASES[int(s.state[1])]} at step {int(s.state[2])} from {file}")
+                self.say(f"resumed {self.phase} at step {int(s.state[2])}")
         s.barrier.wait()
 
     def save(self) -> None:
+        """Written aside, then renamed: a kill at any moment leaves a whole file."""
         s, file = self.shared, self.folder / "state.pt"
         torch.save(dict(names=self.layout.names, param=s.param, first=s.first, second=s.second, state=s.state), file.with_suffix(".part"))
         os.replace(file.with_suffix(".part"), file)
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            line = f"{time.time() - self.clock:6.0f}s {text}"
+            line = f"{time.strftime('%H:%M:%S')} {time.time() - self.clock:6.0f}s {text}"
             print(line, flush=True)
             with open(self.folder / "log.txt", "a") as log:
-                log.write(time.strftime("%H:%M:%S ") + line + "\n")
+                log.write(line + "\n")
 
-    # ---- the loop ----------------------------------------------------------------------------------------------
     def run(self) -> None:
-        s, a = self.shared, self.args
-        while int(s.state[1]) < len(PHASES):
-            phase = PHASES[int(s.state[1])]
-            steps = getattr(a, f"{phase}_steps")
-            lr, decay = self.rates(phase)
-            if phase == "joint" and self.rank == 0 and int(s.state[2]) == 0:
+        s = self.shared
+        while self.phase:
+            if self.phase == "joint" and int(s.state[2]) == 0:
                 self.level()
-            micros = a.vision_micros if phase == "vision" else a.joint_micros
-            while int(s.state[2]) < steps:
-                step, started = int(s.state[2]), time.time()
-                if self.rank == 0:
-                    s.state[0] = micros
-                    s.taken.value = 0
-                s.barrier.wait()
-                while (i := s.take()) < micros:
-                    rng = np.random.default_rng([a.seed, PHASES.index(phase), step, i])
-                    getattr(self, phase)(rng, i, step / steps)
-                s.barrier.wait()
-                norm = update(s, self.layout, self.rank, step + 1, lr, decay, schedule(step, steps, hold=a.hold))
-                self.after(phase, step + 1, steps, norm, time.time() - started)
+            self.run_phase(self.phase)
             if self.rank == 0:
                 s.state[1] += 1
                 s.state[2] = 0
-                if phase == "vision":
-                    s.first.zero_(), s.second.zero_()
+                s.first.zero_()
+                s.second.zero_()
                 self.save()
             s.barrier.wait()
+        if self.rank == 0:
+            export.save(self.bed, self.folder / "checkpoint")
+            self.say(f"done: {self.folder / 'checkpoint'}")
+
+    def run_phase(self, phase: str) -> None:
+        s, micros = self.shared, Micros(self.args, phase, self.shared.state)
+        lr, decay = self.rates(phase)
+        stream = self.stream(micros)
+        while (step := int(s.state[2])) < micros.steps:
+            started = time.time()
+            if self.rank == 0:
+                s.state[0], s.taken.value = micros.each, 0
+            s.barrier.wait()
+            while (i := s.take()) < micros.each:
+                sample = next(stream) if stream else micros[step * micros.each + i]
+                self.micro(*sample, rest=step / micros.steps >= self.args.see_until)
+            s.barrier.wait()
+            norm = update(s, self.layout, self.rank, step + 1, lr, decay, schedule(step, micros.steps, self.args.hold))
+            self.seconds += time.time() - started
+            self.after(phase, step + 1, micros.steps, norm)
+
+    def stream(self, micros: Micros) -> Iterator | None:
+        """On a GPU, batches come from loader processes; on a CPU the workers make their own."""
+        if self.shared.device == "cpu":
+            return None
+        rest = range(int(self.shared.state[2]) * micros.each, len(micros))
+        return iter(torch.utils.data.DataLoader(
+            micros, batch_size=None, sampler=rest, num_workers=os.cpu_count() or 1, prefetch_factor=4, collate_fn=as_is))
+
+    def micro(self, kind: str, images: int, batch: dict[str, np.ndarray], rest: bool) -> None:
+        a, stats = self.args, self.shared.stats[self.rank]
+        b = {k: torch.from_numpy(v).to(self.shared.device) for k, v in batch.items()}
+        with self.amp():
+            if kind == "vision":
+                losses = vision_losses(self.bed, b)
+                total = losses[0] + a.contrast * losses[1] + a.phrase * losses[2]
+                stats[:5] += torch.stack([x.detach().double().cpu() for x in losses])
+                stats[16] += 1
+            else:
+                loss, labels, right, count = joint_losses(self.bed, b, images, rest)
+                total = loss if rest else loss + a.labels * labels
+                stats[8] += loss.item()
+                stats[9] += labels.item()
+                stats[17] += 1
+                stats[RIGHT:RIGHT + len(TYPES)] += right
+                stats[COUNT:COUNT + len(TYPES)] += count
+        total.backward()
 
     @torch.no_grad()
     def level(self) -> None:
         """Let the projector start from features of unit size."""
-        b = tensors(batches.vision_batch(np.random.default_rng(3), 16, grid=self.grid), self.shared.device)
-        spread = model.look(self.bed, b["pixels"])[0][:, 1:].std()
-        self.bed.vlm.model.multi_modal_projector.linear_1.weight.div_(spread)
-        self.say(f"penultimate features: standard deviation {spread:.2f}")
+        if self.rank == 0:
+            pixels = batches.vision_batch(np.random.default_rng(3), 16)["pixels"]
+            spread = model.look(self.bed, torch.from_numpy(pixels).to(self.shared.device))[0][:, 1:].std()
+            self.bed.vlm.model.multi_modal_projector.linear_1.weight.div_(spread)
+            self.say(f"penultimate features: standard deviation {spread:.2f}")
+        self.shared.barrier.wait()
 
-    def rates(self, phase: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def rates(self, phase: str) -> tuple[Tensor, Tensor]:
         """Learning rate and weight decay of every element."""
         a = self.args
 
-        def rate(name: str, p) -> float:
+        def rate(name: str, p: Tensor) -> float:
             seeing = "vision_tower" in name or not name.startswith("vlm.")
             if phase == "vision":
                 return a.vision_lr if seeing else 0.0
@@ -152,143 +223,119 @@ class Trainer:
         device = self.shared.device
         return self.layout.spread(rate).to(device), self.layout.spread(lambda n, p: 0.05 if p.ndim >= 2 else 0.0).to(device)
 
-    def after(self, phase: str, step: int, steps: int, norm: float, seconds: float) -> None:
-        s, a = self.shared, self.args
+    # ---- what happens between steps ----------------------------------------------------------------------------
+    def after(self, phase: str, step: int, steps: int, norm: float) -> None:
+        a, s = self.args, self.shared
         if self.rank == 0:
             s.state[2] = step
-            if phase == "joint":                        # running accuracy decides what is asked next
-                got = sum(t.clone() for t in s.stats)
-                right, count = got[64:64 + len(TYPES)], got[128:128 + len(TYPES)]
-                self.right, self.count = getattr(self, "right", 0) + right, getattr(self, "count", 0) + count
-                if step % 10 == 0:
-                    acc, keep = s.state[ACC:ACC + len(TYPES)], 0.9 ** (self.count / 20)
-                    acc.copy_(torch.where(self.count > 0, acc * keep + (1 - keep) * self.right / self.count.clamp(min=1), acc))
-                    self.right, self.count = self.right * 0, self.count * 0
-            for t in s.stats:
-                t[64:192] = 0
-            self.seconds = getattr(self, "seconds", 0) + seconds
+            self.follow(step)
             if step % a.log == 0:
-                t = sum(x.clone() for x in s.stats)
-                mean = t[:16] / t[16].clamp(min=1)
-                said = " ".join(f"{x:.3f}" for x in mean[:8].tolist())
-                if phase == "joint":
-                    said += " | " + " ".join(f"{k}:{100 * v:.0f}" for k, v in zip(TYPES, s.state[ACC:].tolist()))
-                self.say(f"{phase} {step}/{steps} {self.seconds / a.log:.2f} s/step norm {norm:.2f} loss {said}")
-                self.seconds = 0
-                for x in s.stats:
-                    x.zero_()
+                self.report(phase, step, steps, norm)
             if step % a.save == 0:
                 self.save()
-        if step % a.evaluate == 0 or step == steps:
-            s.barrier.wait()
-            self.evaluate(phase)
         s.barrier.wait()
+        if step % a.evaluate == 0 or step == steps:
+            self.evaluate(phase)
+            s.barrier.wait()
 
-    def vision(self, rng, i: int, progress: float) -> None:
-        a, stats = self.args, self.shared.stats[self.rank]
-        b = tensors(batches.vision_batch(rng, a.vision_batch, grid=self.grid), self.shared.device)
-        losses = vision_losses(self.bed, b)
-        (losses[0] + a.contrast * losses[1] + a.phrase * losses[2] + a.gaze * losses[3]).backward()
-        stats[:6] += torch.stack([x.detach().double().cpu() for x in losses])
-        stats[16] += 1
+    def follow(self, step: int) -> None:
+        """Running accuracy per question type: what is not yet answered is asked more (batches.weights)."""
+        s = self.shared
+        for t in s.stats:
+            self.asked += torch.stack([t[RIGHT:RIGHT + len(TYPES)], t[COUNT:COUNT + len(TYPES)]])
+            t[RIGHT:HELD] = 0
+        if step % 10 == 0:
+            right, count = self.asked
+            accuracy, keep = s.state[ACC:ACC + len(TYPES)], 0.9 ** (count / 20)
+            accuracy.copy_(accuracy * keep + (1 - keep) * right / count.clamp(min=1))
+            self.asked.zero_()
 
-    def joint(self, rng, i: int, progress: float) -> None:
-        a, s = self.args, self.shared
-        stats = s.stats[self.rank]
-        if i == 0 and progress < a.see_until:           # one micro-batch of vision only keeps the tower a CLIP
-            b = tensors(batches.vision_batch(rng, a.keep_batch, grid=self.grid), s.device)
-            losses = vision_losses(self.bed, b)
-            (losses[0] + a.contrast * losses[1] + a.phrase * losses[2] + a.gaze * losses[3]).backward()
-            stats[2:8] += torch.stack([x.detach().double().cpu() for x in losses]) * (a.joint_micros - 1)
-            return
-        images = 2 if progress > 0.08 and rng.random() < a.pairs else 1
-        weight = batches.weights(s.state[ACC:ACC + len(TYPES)].numpy())
-        b = batches.joint_batch(rng, a.joint_batch if images == 1 else max(1, a.joint_batch * 3 // 4), weight, images=images,
-                                room=150 if images == 1 else 110, chat=a.chat if progress > 0.1 else 0.0, grid=self.grid)
-        loss, labels, right, count = joint_losses(self.bed, tensors(b, s.device), images, progress >= a.see_until)
-        (loss + (a.labels * labels if labels.requires_grad else 0.0)).backward()
-        stats[0] += loss.item()
-        stats[1] += labels.item()
-        stats[16] += 1
-        stats[64:64 + len(TYPES)] += right
-        stats[128:128 + len(TYPES)] += count
+    def report(self, phase: str, step: int, steps: int, norm: float) -> None:
+        total = torch.stack(self.shared.stats).sum(0)
+        label, contrast, match, *mass = (total[:5] / total[16].clamp(min=1)).tolist()
+        said = f"labels {label:.3f} contrast {contrast:.3f} phrase {match:.3f} CLS on foreground {mass[0]:.2f} {mass[1]:.2f}"
+        if phase == "joint":
+            answers, label = (total[8:10] / total[17].clamp(min=1)).tolist()
+            said = f"answers {answers:.3f} labels {label:.3f} | {said} | {by_type(self.shared.state[ACC:ACC + len(TYPES)])}"
+        self.say(f"{phase} {step}/{steps} {self.seconds / self.args.log:.2f} s/step norm {norm:.2f} {said}")
+        self.seconds = 0.0
+        for t in self.shared.stats:
+            t.zero_()
 
-    # ---- held-out ----------------------------------------------------------------------------------------------
     @torch.no_grad()
     def evaluate(self, phase: str) -> None:
-        """Teacher-forced exact match per type (for a full answer equal to greedy), or label accuracy, on the val digits."""
-        s = self.shared
+        """On val digits: accuracy of the labels, or teacher-forced exact match (for a whole answer equal to greedy's)."""
+        s, device = self.shared, self.shared.device
+        grid = SIZE // self.bed.size.patch
         if phase == "vision":
             if self.rank == 0:
-                b = tensors(batches.vision_batch(np.random.default_rng(5), 192, split="val", grid=self.grid), s.device)
+                batch = batches.vision_batch(np.random.default_rng(5), 192, "val", grid=grid)
+                b = {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
                 penultimate, _, seen = model.look(self.bed, b["pixels"], last=True)
-                z = self.bed.labels(penultimate[:, 1:]).split(list(batches_labels().values()), -1)
-                kind = b["labels"][:, 0]
-                said = []
-                for j, name in enumerate(batches_labels()):
-                    y, hit = b["labels"][:, j], z[j].argmax(-1) == b["labels"][:, j]
-                    ask = (kind > 0) & (y >= 0)
-                    said.append(f"{name}:{100 * hit[ask].float().mean():.0f}")
-                digit, back = (kind > 0) & (kind <= 10) & (b["labels"][:, -1] < 0), kind == 0
-                hit = z[0].argmax(-1) == kind
-                ratio = [(a * (kind > 0)).sum(1).mean() for a in seen]
-                self.say(f"  val labels {' '.join(said)} handwritten:{100 * hit[digit].float().mean():.0f} background:{100 * hit[back].float().mean():.0f}"
-                         f" | CLS mass on foreground {ratio[0]:.2f} {ratio[1]:.2f} of area {(kind > 0).float().mean():.2f}")
+                self.say(f"  val {label_report(self.bed, penultimate[:, 1:], b['labels'], seen)}")
             return
-        flat = torch.ones(len(TYPES)).numpy() * 0.5
-        total = s.stats[self.rank][192:192 + 2 * len(TYPES)]
-        total.zero_()
+        held = s.stats[self.rank][HELD:HELD + 2 * len(TYPES)]
+        held.zero_()
         for j in range(self.rank, 14, s.workers):
+            images, evenly = 2 if j >= 12 else 1, batches.weights(np.full(len(TYPES), 0.5))
             rng = np.random.default_rng([77, j])
-            images = 2 if j >= 12 else 1
-            b = batches.joint_batch(rng, 10, batches.weights(flat), images=images, room=190, chat=0.0, pages=0.3, split="val", grid=self.grid)
-            _, _, right, count = joint_losses(self.bed, tensors(b, s.device), images, True)
-            total[:len(TYPES)] += right
-            total[len(TYPES):] += count
+            batch = batches.joint_batch(rng, 10, evenly, images=images, room=190, chat=0.0, pages=0.3, split="val", grid=grid)
+            with self.amp():
+                _, _, right, count = joint_losses(self.bed, {k: torch.from_numpy(v).to(device) for k, v in batch.items()}, images, True)
+            held += torch.cat([right, count])
         s.barrier.wait()
         if self.rank == 0:
-            t = sum(x[192:192 + 2 * len(TYPES)].clone() for x in s.stats)
-            right, count = t[:len(TYPES)], t[len(TYPES):].clamp(min=1)
-            self.say(f"  val exact {100 * right.sum() / count.sum():.1f} mean {100 * (right / count).mean():.1f} | "
-                     + " ".join(f"{k}:{100 * v:.0f}" for k, v in zip(TYPES, (right / count).tolist())))
+            right, count = torch.stack(s.stats).sum(0)[HELD:HELD + 2 * len(TYPES)].view(2, -1)
+            accuracy = right / count.clamp(min=1)
+            self.say(f"  val exact {100 * right.sum() / count.sum():.1f} mean {100 * accuracy.mean():.1f} | {by_type(accuracy)}")
 
 
-def batches_labels():
-    from examples.testbed.scenes import LABELS
-    return LABELS
+def by_type(accuracy: Tensor) -> str:
+    return " ".join(f"{kind}:{100 * v:.0f}" for kind, v in zip(TYPES, accuracy.tolist(), strict=True))
 
 
-def worker(rank: int, args, shared: Shared) -> None:
+def label_report(bed: model.Testbed, features: Tensor, labels: Tensor, seen: list[Tensor]) -> str:
+    kind, said = labels[:, 0], []
+    for i, (z, name) in enumerate(zip(bed.labels(features).split(list(LABELS.values()), -1), LABELS, strict=True)):
+        hit, ask = z.argmax(-1) == labels[:, i], (kind > 0) & (labels[:, i] >= 0)
+        said.append(f"{name}:{100 * hit[ask].float().mean():.0f}")
+        if name == "kind":
+            written = (kind > 0) & (kind <= 10) & (labels[:, -1] < 0)
+            said.append(f"(handwritten:{100 * hit[written].float().mean():.0f} background:{100 * hit[kind == 0].float().mean():.0f})")
+    mass = " ".join(f"{(a * (kind > 0)).sum(1).mean():.2f}" for a in seen)
+    return f"{' '.join(said)} | CLS on foreground {mass}, its area {(kind > 0).float().mean():.2f}"
+
+
+def worker(rank: int, args: argparse.Namespace, shared: Shared) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    torch.manual_seed(rank)
     Trainer(args, shared, rank).run()
 
 
-def arguments(argv=None) -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--out", default="testbed-run", help="folder of the run: state.pt, log.txt")
+    p.add_argument("--out", default="testbed-run", help="folder of the run: state.pt, log.txt, in the end checkpoint/")
     p.add_argument("--size", default="small", choices=model.SIZES)
-    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    p.add_argument("--workers", type=int, default=2, help="single-threaded processes (CPU)")
     p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--vision-steps", type=int, default=1400)
-    p.add_argument("--joint-steps", type=int, default=4600)
-    p.add_argument("--vision-batch", type=int, default=16)
-    p.add_argument("--vision-micros", type=int, default=4)
+    p.add_argument("--vision-steps", type=int, default=1100)
+    p.add_argument("--joint-steps", type=int, default=3600)
+    p.add_argument("--vision-batch", type=int, default=16, help="pictures per micro-batch")
+    p.add_argument("--vision-micros", type=int, default=4, help="micro-batches per step")
     p.add_argument("--joint-batch", type=int, default=4)
-    p.add_argument("--joint-micros", type=int, default=7)
-    p.add_argument("--keep-batch", type=int, default=12)
-    p.add_argument("--vision-lr", type=float, default=2e-3)
+    p.add_argument("--joint-micros", type=int, default=7, help="the first of them vision only")
+    p.add_argument("--keep-batch", type=int, default=12, help="pictures of that one")
+    p.add_argument("--vision-lr", type=float, default=2.5e-3)
     p.add_argument("--joint-lr", type=float, default=2e-3)
-    p.add_argument("--see", type=float, default=0.4, help="vision tower's share of the joint learning rate")
+    p.add_argument("--see", type=float, default=0.4, help="the vision tower's share of the joint learning rate")
     p.add_argument("--see-until", type=float, default=0.85, help="joint progress after which the vision tower rests")
     p.add_argument("--hold", type=float, default=0.5, help="share of a phase before the learning rate falls")
-    p.add_argument("--contrast", type=float, default=0.3)
-    p.add_argument("--phrase", type=float, default=0.5)
-    p.add_argument("--gaze", type=float, default=0.0, help="weight of CLS attention on labelled foreground")
+    p.add_argument("--contrast", type=float, default=0.3, help="weight of CLS against captions")
+    p.add_argument("--phrase", type=float, default=0.5, help="weight of patches against phrases")
     p.add_argument("--labels", type=float, default=0.4, help="weight of the patch labels in the joint phase")
-    p.add_argument("--pairs", type=float, default=0.12)
-    p.add_argument("--chat", type=float, default=0.2)
+    p.add_argument("--pairs", type=float, default=0.12, help="share of micro-batches with two pictures per row")
+    p.add_argument("--chat", type=float, default=0.2, help="share of conversations that go on to a second turn")
     p.add_argument("--log", type=int, default=25)
     p.add_argument("--save", type=int, default=50)
     p.add_argument("--evaluate", type=int, default=200)
@@ -298,8 +345,11 @@ def arguments(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    shared = Shared(Layout(model.Testbed(args.size)).size, args.workers)
-    mp.spawn(worker, args=(args, shared), nprocs=args.workers)
+    size = Layout(model.Testbed(args.size)).size
+    if args.device == "cuda":
+        worker(0, args, Shared(size, 1, "cuda"))
+    else:
+        mp.spawn(worker, args=(args, Shared(size, args.workers)), nprocs=args.workers)
 
 
 if __name__ == "__main__":

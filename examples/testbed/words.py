@@ -6,8 +6,11 @@ from examples.testbed.scenes import COLORS, COLS, KINDS, ROWS, SIZE
 
 PAD, BOS, IMAGE, EOS, UNK = range(5)                    # </s> is not 2: CLIP text models treat an end token of 2 as a legacy case
 SPECIAL = ["<pad>", "<s>", "<image>", "</s>", "<unk>"]
-PLAIN = ("what digit shape color is are the at of in object objects digits how many there a an and where which below above left right largest "
-         "smallest read image page describe list letter letters number has first second yes no ? . , circles squares triangles crosses with").split()
+PLAIN = (
+    "what digit shape color is are the at of in object objects digits how many there a an and where which below above left "
+    "right largest smallest read image page describe list letter letters number has first second yes no ? . , circles squares "
+    "triangles crosses with"
+).split()
 VOCAB = list(dict.fromkeys([*SPECIAL, *KINDS, *COLORS, *ROWS, *COLS, *PLAIN]))
 ID = {word: i for i, word in enumerate(VOCAB)}
 

@@ -36,7 +36,7 @@ class Layout:
 
     def spread(self, value: Callable[[str, Tensor], float]) -> Tensor:
         """One number per parameter, repeated over its elements."""
-        return torch.cat([torch.full((p.numel(),), value(n, p)) for n, p in zip(self.names, self.params)])
+        return torch.cat([torch.full((p.numel(),), value(n, p)) for n, p in zip(self.names, self.params, strict=True)])
 
 
 class Shared:
