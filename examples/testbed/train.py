@@ -74,19 +74,26 @@ class Micros(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.steps * self.each
 
-    def __getitem__(self, index: int) -> tuple[str, int, dict[str, np.ndarray]]:
-        """-> vision or joint, images per row, batch"""
+    def __getitem__(self, index: int) -> tuple[str, int, dict[str, np.ndarray]] | None:
+        """-> vision or joint, images per row, batch; None where a step has nothing to do"""
         a, (step, i) = self.args, divmod(index, self.each)
         rng, progress = np.random.default_rng([a.seed, PHASES.index(self.phase), step, i]), step / self.steps
         if self.phase == "vision":
             return "vision", 1, batches.vision_batch(rng, a.vision_batch, grid=self.grid)
-        if i == 0 and progress < a.see_until:           # one micro-batch of vision only keeps the tower a CLIP
+        if i == 0:                                      # one micro-batch of vision only keeps the tower a CLIP
+            if rests(a, step):
+                return None
             return "vision", 1, batches.vision_batch(rng, a.keep_batch, grid=self.grid)
         images = 2 if progress > 0.08 and rng.random() < a.pairs else 1
         weight = batches.weights(self.state[ACC:ACC + len(TYPES)].numpy())
         rows, room = (a.joint_batch, 150) if images == 1 else (max(1, a.joint_batch * 3 // 4), 110)
         chat = a.chat if progress > 0.1 else 0.0
         return "joint", images, batches.joint_batch(rng, rows, weight, images=images, room=room, chat=chat, grid=self.grid)
+
+
+def rests(args: argparse.Namespace, step: int) -> bool:
+    """Whether the vision tower sits out a joint step: most of them, and all near the end."""
+    return step % args.see_every > 0 or step >= args.see_until * args.joint_steps
 
 
 def as_is(sample):
@@ -158,18 +165,20 @@ class Trainer:
 
     def run_phase(self, phase: str) -> None:
         s, micros = self.shared, Micros(self.args, phase, self.shared.state)
-        lr, decay = self.rates(phase)
+        rates, decay = [self.rates(phase, rest) for rest in (False, True)], self.layout.spread(lambda n, p: 0.05 if p.ndim >= 2 else 0.0)
+        decay = decay.to(s.device)
         stream = self.stream(micros)
         while (step := int(s.state[2])) < micros.steps:
-            started = time.time()
+            started, rest = time.time(), phase == "joint" and rests(self.args, step)
             if self.rank == 0:
                 s.state[0], s.taken.value = micros.each, 0
             s.barrier.wait()
             while (i := s.take()) < micros.each:
                 sample = next(stream) if stream else micros[step * micros.each + i]
-                self.micro(*sample, rest=step / micros.steps >= self.args.see_until)
+                if sample:
+                    self.micro(*sample, rest)
             s.barrier.wait()
-            norm = update(s, self.layout, self.rank, step + 1, lr, decay, schedule(step, micros.steps, self.args.hold))
+            norm = update(s, self.layout, self.rank, step + 1, rates[rest], decay, schedule(step, micros.steps, self.args.hold))
             self.seconds += time.time() - started
             self.after(phase, step + 1, micros.steps, norm)
 
@@ -210,18 +219,17 @@ class Trainer:
             self.say(f"penultimate features: standard deviation {spread:.2f}")
         self.shared.barrier.wait()
 
-    def rates(self, phase: str) -> tuple[Tensor, Tensor]:
-        """Learning rate and weight decay of every element."""
+    def rates(self, phase: str, rest: bool) -> Tensor:
+        """The learning rate of every element; Muon would move a matrix without a gradient too, so what rests has none."""
         a = self.args
 
         def rate(name: str, p: Tensor) -> float:
             seeing = "vision_tower" in name or not name.startswith("vlm.")
             if phase == "vision":
                 return a.vision_lr if seeing else 0.0
-            return a.joint_lr * (a.see if seeing else 1.0)
+            return a.joint_lr * ((0.0 if rest else a.see) if seeing else 1.0)
 
-        device = self.shared.device
-        return self.layout.spread(rate).to(device), self.layout.spread(lambda n, p: 0.05 if p.ndim >= 2 else 0.0).to(device)
+        return self.layout.spread(rate).to(self.shared.device)
 
     # ---- what happens between steps ----------------------------------------------------------------------------
     def after(self, phase: str, step: int, steps: int, norm: float) -> None:
@@ -319,17 +327,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     p.add_argument("--workers", type=int, default=2, help="single-threaded processes (CPU)")
     p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--vision-steps", type=int, default=1100)
-    p.add_argument("--joint-steps", type=int, default=3600)
+    p.add_argument("--vision-steps", type=int, default=850)
+    p.add_argument("--joint-steps", type=int, default=4500)
     p.add_argument("--vision-batch", type=int, default=16, help="pictures per micro-batch")
     p.add_argument("--vision-micros", type=int, default=4, help="micro-batches per step")
-    p.add_argument("--joint-batch", type=int, default=4)
+    p.add_argument("--joint-batch", type=int, default=3)
     p.add_argument("--joint-micros", type=int, default=7, help="the first of them vision only")
     p.add_argument("--keep-batch", type=int, default=12, help="pictures of that one")
     p.add_argument("--vision-lr", type=float, default=2.5e-3)
-    p.add_argument("--joint-lr", type=float, default=2e-3)
-    p.add_argument("--see", type=float, default=0.4, help="the vision tower's share of the joint learning rate")
-    p.add_argument("--see-until", type=float, default=0.85, help="joint progress after which the vision tower rests")
+    p.add_argument("--joint-lr", type=float, default=3e-3)
+    p.add_argument("--see", type=float, default=0.3, help="the vision tower's share of the joint learning rate")
+    p.add_argument("--see-every", type=int, default=4, help="joint steps per one in which the vision tower is trained too")
+    p.add_argument("--see-until", type=float, default=0.9, help="joint progress after which it rests for good")
     p.add_argument("--hold", type=float, default=0.5, help="share of a phase before the learning rate falls")
     p.add_argument("--contrast", type=float, default=0.3, help="weight of CLS against captions")
     p.add_argument("--phrase", type=float, default=0.5, help="weight of patches against phrases")

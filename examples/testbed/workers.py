@@ -101,16 +101,16 @@ def update(shared: Shared, layout: Layout, rank: int, step: int, lr: Tensor, dec
             continue
         here = slice(layout.at[mine[0]], layout.at[mine[-1] + 1])
         g, m, w = (t[here].view(-1, *shape) for t in (grad, shared.first, shared.param))
-        m.mul_(MOMENTUM).add_(g)
         step_size = (rate * lr[here]).view(-1, *shape)[:, :1, :1]
+        m.copy_(torch.where(step_size > 0, m * MOMENTUM + g, m))       # what rests keeps its momentum
         w.mul_(1 - step_size * decay[here].view(-1, *shape)[:, :1, :1])
         w.sub_(orthogonal(g + MOMENTUM * m) * (step_size * 0.2 * math.sqrt(max(shape))))
     if rank == 0:
         here = layout.adam
         g, m, v, w = grad[here], shared.first[here], shared.second[here], shared.param[here]
-        m.lerp_(g, 1 - BETAS[0])
-        v.lerp_(g * g, 1 - BETAS[1])
         scale = rate * lr[here]
+        m.lerp_(g, (scale > 0) * (1 - BETAS[0]))
+        v.lerp_(g * g, (scale > 0) * (1 - BETAS[1]))
         w.mul_(1 - scale * decay[here])
         w.sub_(scale * (m / (1 - BETAS[0] ** step)) / ((v / (1 - BETAS[1] ** step)).sqrt() + EPS))
     shared.barrier.wait()
