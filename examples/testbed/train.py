@@ -37,12 +37,17 @@ def schedule(step: int, steps: int, hold: float, warm: int = 80) -> float:
 
 # ---- losses --------------------------------------------------------------------------------------------------------
 def vision_losses(bed: model.Testbed, b: dict[str, Tensor]) -> list[Tensor]:
-    """Labels, CLS-caption contrast, patch-phrase match; and, to watch, the CLS attention on foreground of the last two layers."""
+    """Labels, CLS-caption contrast, patch-phrase match, gaze; and, to watch, the CLS attention on foreground of the last two layers.
+
+    Gaze: how far the CLS attention of the penultimate layer is from looking evenly at the foreground (Kullback-Leibler).
+    """
     penultimate, last, seen = model.look(bed, b["pixels"], last=True)
     contrast, match = model.clip_loss(bed, last, b["caption"], b["phrase"], b["match"])
     foreground = b["labels"][:, 0] > 0
+    even = foreground / foreground.sum(1, keepdim=True).clamp(min=1)
+    gaze = (even * (even.clamp(min=1e-9).log() - seen[0].clamp(min=1e-6).log())).sum(1).mean()
     mass = [(a.detach() * foreground).sum(1).mean() for a in seen]
-    return [model.label_loss(bed, penultimate[:, 1:], b["labels"]), contrast, match, *mass]
+    return [model.label_loss(bed, penultimate[:, 1:], b["labels"]), contrast, match, gaze, *mass]
 
 
 def joint_losses(bed: model.Testbed, b: dict[str, Tensor], images: int, rest: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -196,8 +201,8 @@ class Trainer:
         with self.amp():
             if kind == "vision":
                 losses = vision_losses(self.bed, b)
-                total = losses[0] + a.contrast * losses[1] + a.phrase * losses[2]
-                stats[:5] += torch.stack([x.detach().double().cpu() for x in losses])
+                total = losses[0] + a.contrast * losses[1] + a.phrase * losses[2] + a.gaze * losses[3]
+                stats[:6] += torch.stack([x.detach().double().cpu() for x in losses])
                 stats[16] += 1
             else:
                 loss, labels, right, count = joint_losses(self.bed, b, images, rest)
@@ -260,8 +265,8 @@ class Trainer:
 
     def report(self, phase: str, step: int, steps: int, norm: float) -> None:
         total = torch.stack(self.shared.stats).sum(0)
-        label, contrast, match, *mass = (total[:5] / total[16].clamp(min=1)).tolist()
-        said = f"labels {label:.3f} contrast {contrast:.3f} phrase {match:.3f} CLS on foreground {mass[0]:.2f} {mass[1]:.2f}"
+        label, contrast, match, gaze, *mass = (total[:6] / total[16].clamp(min=1)).tolist()
+        said = f"labels {label:.3f} contrast {contrast:.3f} phrase {match:.3f} gaze {gaze:.3f} CLS on things {mass[0]:.2f} {mass[1]:.2f}"
         if phase == "joint":
             answers, label = (total[8:10] / total[17].clamp(min=1)).tolist()
             said = f"answers {answers:.3f} labels {label:.3f} | {said} | {by_type(self.shared.state[ACC:ACC + len(TYPES)])}"
@@ -342,6 +347,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--hold", type=float, default=0.5, help="share of a phase before the learning rate falls")
     p.add_argument("--contrast", type=float, default=0.3, help="weight of CLS against captions")
     p.add_argument("--phrase", type=float, default=0.5, help="weight of patches against phrases")
+    p.add_argument("--gaze", type=float, default=0.1, help="weight of CLS looking evenly at the foreground")
     p.add_argument("--labels", type=float, default=0.4, help="weight of the patch labels in the joint phase")
     p.add_argument("--pairs", type=float, default=0.12, help="share of micro-batches with two pictures per row")
     p.add_argument("--chat", type=float, default=0.2, help="share of conversations that go on to a second turn")
