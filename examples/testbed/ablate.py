@@ -50,7 +50,7 @@ class Batch:
 
 def batches(items: list[Item], processor, size: int) -> Iterator[Batch]:
     for pictures in sorted({len(i.sources) for i in items}):
-        group = sorted((i for i in items if len(i.sources) == pictures), key=lambda i: i.slice == "describe")
+        group = [i for i in items if len(i.sources) == pictures]
         yield from (Batch(group[at:at + size], processor) for at in range(0, len(group), size))
 
 

@@ -24,7 +24,6 @@ from examples.testbed.dataset import Item, load_items, score
 from examples.testbed.scenes import scene
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoint"
-LONG = {"describe": 48}                                 # room for an answer; every other slice fits 12 tokens
 
 
 def wilson(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -45,19 +44,19 @@ def messages(item: Item, answers: list[str]) -> list[dict]:
 
 
 @torch.no_grad()
-def answer(model, processor, items: list[Item], batch: int = 48, blank: Image.Image | None = None) -> dict[str, list[str]]:
+def answer(model, processor, items: list[Item], batch: int = 48, blank: Image.Image | None = None, room: int = 12) -> dict[str, list[str]]:
     """Greedy answers to every turn of every item, by item id; `blank` replaces all pictures."""
     answers: dict[str, list[str]] = {i.id: [] for i in items}
     for turn in range(max(len(i.turns) for i in items)):
-        todo = sorted((i for i in items if len(i.turns) > turn), key=lambda i: (len(i.sources), LONG.get(i.slice, 12)))
+        todo = sorted((i for i in items if len(i.turns) > turn), key=lambda i: len(i.sources))
         while todo:
-            kind = (len(todo[0].sources), LONG.get(todo[0].slice, 12))
-            now = [i for i in todo[:batch] if (len(i.sources), LONG.get(i.slice, 12)) == kind]
+            pictures = len(todo[0].sources)
+            now = [i for i in todo[:batch] if len(i.sources) == pictures]
             todo = todo[len(now):]
             texts = [processor.apply_chat_template(messages(i, answers[i.id]), tokenize=False, add_generation_prompt=True) for i in now]
             images = [[blank] * len(i.sources) if blank else i.images for i in now]
             inputs = processor(images=images, text=texts, return_tensors="pt", padding=True).to(model.device)
-            out = model.generate(**inputs, max_new_tokens=kind[1], do_sample=False)
+            out = model.generate(**inputs, max_new_tokens=room, do_sample=False)
             for item, ids in zip(now, out[:, inputs["input_ids"].shape[1]:], strict=True):
                 answers[item.id].append(processor.tokenizer.decode(ids, skip_special_tokens=True))
     return answers

@@ -14,11 +14,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.testbed.dataset import Item, Turn
-from examples.testbed.questions import PAGE, PAIR, QA, SCENE, SLICES, ask, pick
+from examples.testbed.questions import PAGE, PAIR, QA, SCENE, SLICES, TRAINING_ONLY, ask, pick
 from examples.testbed.scenes import Picture, page, scene
 
-SPLITS = {"val": (2001, 608), "test": (3001, 2052), "calib": (4001, 200)}       # seed, items
-FIRST = [k for k in SCENE if k != "describe"]
+SPLITS = {"val": (2001, 612), "test": (3001, 2052), "calib": (4001, 200)}       # seed, items
+FIRST = [k for k in SCENE if k not in TRAINING_ONLY]
 
 
 def draw(rng: np.random.Generator, kind: str, digits: str) -> tuple[list[Picture], list[QA]]:

@@ -117,10 +117,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def talk(bed: Testbed, features: Tensor, images: int, ids: Tensor, segment: Tensor, offset: Tensor) -> Tensor:
+def additive(see: Tensor) -> Tensor:
+    """see[B, Q, K] -> mask[B, 1, Q, K]"""
+    return torch.zeros(see.shape, device=see.device).masked_fill_(~see, float("-inf"))[:, None]
+
+
+def talk(
+    bed: Testbed, features: Tensor, images: int, ids: Tensor, segment: Tensor, offset: Tensor, aside: Tensor | None = None
+) -> Tensor:
     """
     The language model over packed conversations, each seeing the pictures and itself: features[B*images, N, D], the rest [B, T].
-    -> final states of the text[B, T, D]
+    `aside`[B*images, N]: patches that nothing but themselves looks at. -> final states of the text[B, T, D]
     """
     llm, embed = bed.llm, bed.llm.embed_tokens.weight
     visual = bed.vlm.model.multi_modal_projector(features)
@@ -133,8 +140,13 @@ def talk(bed: Testbed, features: Tensor, images: int, ids: Tensor, segment: Tens
     S = x.shape[1]
     P = S - T
     own = (segment[:, :, None] == segment[:, None, :]) & torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
-    mask = torch.cat([torch.ones(B, T, P, dtype=torch.bool, device=ids.device), own], 2)
-    mask = torch.zeros(mask.shape, device=ids.device).masked_fill_(~mask, float("-inf"))[:, None]
+    shown, among = torch.ones(B, P, dtype=torch.bool, device=ids.device), None
+    if aside is not None:
+        shown = ~F.pad(aside.unflatten(0, (B, images)), (1, 0)).flatten(1)              # <s> and `and` stay
+        before = torch.ones(P, P, dtype=torch.bool, device=ids.device).tril()
+        self_ = torch.eye(P, dtype=torch.bool, device=ids.device)
+        among = additive(before & (shown[:, None] | self_))
+    mask = additive(torch.cat([shown[:, None].expand(B, T, P), own], 2))
     at = torch.cat([torch.arange(P, device=ids.device).expand(B, -1), P + offset], 1)
     angle = at[:, None, :, None].float() / 10000.0 ** (torch.arange(0, HEAD, 2, device=ids.device) / HEAD)
     cos, sin = angle.cos(), angle.sin()
@@ -147,7 +159,8 @@ def talk(bed: Testbed, features: Tensor, images: int, ids: Tensor, segment: Tens
         if final:                                       # nothing reads the last layer's visual rows
             x = x[:, P:]
         else:
-            a = torch.cat([F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True), a], 2)
+            above = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], attn_mask=among, is_causal=among is None)
+            a = torch.cat([above, a], 2)
         x = x + attn.o_proj(a.transpose(1, 2).flatten(2))
         h = rms(x, layer.post_attention_layernorm.weight)
         x = x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(h)) * layer.mlp.up_proj(h))

@@ -188,9 +188,10 @@ SCENE: dict[str, Callable[..., Found]] = {f.__name__: f for f in (
     describe)}
 PAGE: dict[str, Callable[..., Found]] = {f.__name__: f for f in (vtc_retrieve, vtc_associate, vtc_recall)}
 PAIR: dict[str, Callable[..., Found]] = {f.__name__: f for f in (pair_lookup, pair_which)}
-TYPES = {**SCENE, **PAGE, **PAIR, "transcribe": transcribe}          # `transcribe` is asked in training only
+TYPES = {**SCENE, **PAGE, **PAIR, "transcribe": transcribe}          # order matters to saved runs
 TYPE_ID = {kind: i for i, kind in enumerate(TYPES)}
-SLICES = [*SCENE, *PAGE, "two_turn", "multi_image"]
+TRAINING_ONLY = ("describe", "transcribe")             # list everything: dense supervision, no question
+SLICES = [*(k for k in SCENE if k not in TRAINING_ONLY), *PAGE, "two_turn", "multi_image"]
 
 
 def ask(rng: Generator, kind: str, *pictures: list) -> QA | None:

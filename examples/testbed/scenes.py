@@ -170,8 +170,13 @@ def neighbours(thing: Thing, things: list[Thing]) -> dict[str, Thing | None]:
     return {step: at.get((thing.row + dy, thing.col + dx)) for step, (dy, dx) in STEPS.items()}
 
 
+# Sides in pixels, upper end excluded. Held-out things are from the small end: fewer patches each, so that a lost patch tells.
+SIDES = {"train": ((19, 27), (15, 25)), "val": ((19, 22), (15, 18)), "test": ((19, 22), (15, 18))}
+
+
 def scene(rng: Generator, split: str) -> Picture:
     """Three to five shapes and digits in the cells of a loose 3x3 grid."""
+    digit_sides, shape_sides = SIDES[split]
     cells = sorted(int(c) for c in rng.permutation(9)[: rng.integers(3, 6)])
     palette = rng.permutation(len(COLORS))[: rng.integers(2, 5)]
     digit_rate = (0.35, 0.6, 0.85)[rng.integers(3)]
@@ -179,11 +184,11 @@ def scene(rng: Generator, split: str) -> Picture:
     for cell in cells:
         row, col, color = *divmod(cell, 3), int(palette[rng.integers(len(palette))])
         if rng.random() < digit_rate:
-            kind, side = int(rng.integers(10)), int(rng.integers(19, 27))
+            kind, side = int(rng.integers(10)), int(rng.integers(*digit_sides))
             pool = glyphs(split)[kind]
             ink = draw_digit(rng, pool[rng.integers(len(pool))], side)
         else:
-            kind, side = 10 + int(rng.integers(len(SHAPES))), int(rng.integers(15, 25))
+            kind, side = 10 + int(rng.integers(len(SHAPES))), int(rng.integers(*shape_sides))
             ink = draw_shape(kind - 10, side)
         y, x = row * CELL + int(rng.integers(CELL - side + 1)), col * CELL + int(rng.integers(CELL - side + 1))
         paint(pixels, ink, y, x, tint(rng, color))

@@ -50,12 +50,22 @@ def vision_losses(bed: model.Testbed, b: dict[str, Tensor]) -> list[Tensor]:
     return [model.label_loss(bed, penultimate[:, 1:], b["labels"]), contrast, match, gaze, *mass]
 
 
-def joint_losses(bed: model.Testbed, b: dict[str, Tensor], images: int, rest: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def thinned(foreground: Tensor, share: float) -> Tensor:
+    """Background patches left out, 30 to 100% of them in a share of the pictures; no thing is touched. foreground[B, N] -> bool[B, N]"""
+    rate = 0.3 + 0.7 * torch.rand(len(foreground), 1)
+    gone = (torch.rand(foreground.shape) < rate) & (torch.rand(len(foreground), 1) < share)
+    return gone.to(foreground.device) & ~foreground
+
+
+def joint_losses(
+    bed: model.Testbed, b: dict[str, Tensor], images: int, rest: bool, thin: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Answer loss and label loss; right and asked per question type. `rest`: the vision tower is not trained."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not rest):
         features, _, _ = model.look(bed, b["pixels"])
         labels = model.label_loss(bed, features[:, 1:], b["labels"])
-    hidden = model.talk(bed, features[:, 1:], images, b["ids"], b["segment"], b["offset"])
+    aside = thinned(b["labels"][:, 0] > 0, thin) if thin else None
+    hidden = model.talk(bed, features[:, 1:], images, b["ids"], b["segment"], b["offset"], aside)
     here = b["target"] >= 0
     logits, target, kind, answer = bed.vlm.lm_head(hidden[here]).float(), b["target"][here], b["kind"][here], b["answer"][here]
     weight = torch.where((kind == TYPE_ID["describe"]) | (kind == TYPE_ID["transcribe"]), 0.4, 1.0)
@@ -180,6 +190,7 @@ class Trainer:
             s.barrier.wait()
             while (i := s.take()) < micros.each:
                 sample = next(stream) if stream else micros[step * micros.each + i]
+                self.thin = self.args.thin if step >= self.args.thin_from * micros.steps else 0.0
                 if sample:
                     self.micro(*sample, rest)
             s.barrier.wait()
@@ -205,7 +216,7 @@ class Trainer:
                 stats[:6] += torch.stack([x.detach().double().cpu() for x in losses])
                 stats[16] += 1
             else:
-                loss, labels, right, count = joint_losses(self.bed, b, images, rest)
+                loss, labels, right, count = joint_losses(self.bed, b, images, rest, self.thin)
                 total = loss if rest else loss + a.labels * labels
                 stats[8] += loss.item()
                 stats[9] += labels.item()
@@ -333,23 +344,25 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--workers", type=int, default=2, help="single-threaded processes (CPU)")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--vision-steps", type=int, default=850)
-    p.add_argument("--joint-steps", type=int, default=4500)
+    p.add_argument("--joint-steps", type=int, default=3250)
     p.add_argument("--vision-batch", type=int, default=16, help="pictures per micro-batch")
     p.add_argument("--vision-micros", type=int, default=4, help="micro-batches per step")
     p.add_argument("--joint-batch", type=int, default=3)
     p.add_argument("--joint-micros", type=int, default=7, help="the first of them vision only")
-    p.add_argument("--keep-batch", type=int, default=12, help="pictures of that one")
+    p.add_argument("--keep-batch", type=int, default=24, help="pictures of that one")
     p.add_argument("--vision-lr", type=float, default=2.5e-3)
     p.add_argument("--joint-lr", type=float, default=3e-3)
     p.add_argument("--see", type=float, default=0.3, help="the vision tower's share of the joint learning rate")
-    p.add_argument("--see-every", type=int, default=4, help="joint steps per one in which the vision tower is trained too")
+    p.add_argument("--see-every", type=int, default=3, help="joint steps per one in which the vision tower is trained too")
     p.add_argument("--see-until", type=float, default=0.9, help="joint progress after which it rests for good")
-    p.add_argument("--hold", type=float, default=0.5, help="share of a phase before the learning rate falls")
+    p.add_argument("--thin", type=float, default=0.4, help="share of the pictures that lose background patches, in the end")
+    p.add_argument("--thin-from", type=float, default=0.82, help="joint progress from which they do; before, every token is always there")
+    p.add_argument("--hold", type=float, default=0.4, help="share of a phase before the learning rate falls")
     p.add_argument("--contrast", type=float, default=0.3, help="weight of CLS against captions")
     p.add_argument("--phrase", type=float, default=0.5, help="weight of patches against phrases")
-    p.add_argument("--gaze", type=float, default=0.1, help="weight of CLS looking evenly at the foreground")
+    p.add_argument("--gaze", type=float, default=0.3, help="weight of CLS looking evenly at the foreground")
     p.add_argument("--labels", type=float, default=0.4, help="weight of the patch labels in the joint phase")
-    p.add_argument("--pairs", type=float, default=0.12, help="share of micro-batches with two pictures per row")
+    p.add_argument("--pairs", type=float, default=0.18, help="share of micro-batches with two pictures per row")
     p.add_argument("--chat", type=float, default=0.2, help="share of conversations that go on to a second turn")
     p.add_argument("--log", type=int, default=25)
     p.add_argument("--save", type=int, default=50)

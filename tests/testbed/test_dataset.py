@@ -13,7 +13,7 @@ from examples.testbed.dataset import DatasetError, load_items, score
 
 @pytest.fixture
 def folder(tmp_path):
-    make_data.write("test", tmp_path, 38)
+    make_data.write("test", tmp_path, 36)
     return tmp_path
 
 
@@ -32,7 +32,7 @@ def broken(folder, number, text):
 
 
 def test_a_written_split_reads_back_equal(folder):
-    for read, made in zip(load_items(folder), make_data.items("test", 38), strict=True):
+    for read, made in zip(load_items(folder), make_data.items("test", 36), strict=True):
         assert (read.id, read.turns, read.slice, read.metric) == (made.id, made.turns, made.slice, made.metric)
         assert [i.tobytes() for i in read.images] == [i.tobytes() for i in made.images]
 
