@@ -134,7 +134,7 @@ def _onnx(program: Program) -> float:
             known = {i.name for i in session.get_inputs()}
             got = session.run(None, {k: v.numpy() for k, v in feed.items() if k in known})
         for output, value in zip(session.get_outputs(), got, strict=True):
-            reference = want[output.name]
+            reference = want[output.name.removesuffix(".out")]  # an output that shares an input's name is told apart
             error = (torch.from_numpy(value).double() - reference.double()).abs().max() if reference.numel() else torch.zeros(())
             worst = max(worst, float(error / reference.double().abs().max().clamp(min=1.0)))
     return worst

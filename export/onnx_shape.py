@@ -197,7 +197,7 @@ def take_along_dim(b: Builder, n: Node, x: Node, index: Node, dim: int) -> str:
     return gather(b, n, x, dim, index)
 
 
-@emits(aten.index.Tensor)
+@emits(aten.index.Tensor, aten._unsafe_index.Tensor)
 def index(b: Builder, n: Node, x: Node, indices: list[Node | None]) -> str:
     """x[:, i, j]: one index is a Gather; several adjacent ones broadcast and become a GatherND."""
     at = [i for i, v in enumerate(indices) if v is not None]
@@ -272,13 +272,23 @@ def scatter_add(b: Builder, n: Node, x: Node, dim: int, index: Node, source: Nod
 @emits(aten.slice_scatter.default)
 def slice_scatter(b: Builder, n: Node, x: Node, source: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> str:
     if step != 1:
-        raise LowerError(f"to_onnx: {n.name}: slice_scatter with step {step}; possible is 1")
+        return _interleave(b, n, x, source, dim % rank(x), start or 0, end, step)
     axis = b.ints(dim % rank(x))
     start = 0 if start is None else start
     parts = [b.op("Slice", b(x), b.ints(0), b.size(start), axis), b(source)]
     if end is not None and not (isinstance(end, int) and end >= END):
         parts.append(b.op("Slice", b(x), b.size(end), b.ints(END), axis))
     return b.op("Concat", *parts, axis=dim % rank(x))
+
+
+def _interleave(b: Builder, n: Node, x: Node, source: Node, axis: int, start: Any, end: Any, step: int) -> str:
+    """Every step-th place takes the next row of `source`: one Gather from x and source side by side, where sizes are constants."""
+    size = x.meta["val"].shape[axis]
+    if not all(isinstance(v, int) for v in (size, start, source.meta["val"].shape[axis])):
+        raise LowerError(f"to_onnx: {n.name}: slice_scatter with step {step} over an axis whose size is symbolic; possible is step 1")
+    places = list(range(size))[start : size if end is None or end > size else end : step]
+    order = [size + places.index(i) if i in places else i for i in range(size)]
+    return b.op("Gather", b.op("Concat", b(x), b(source), axis=axis), b.ints(*order), axis=axis)
 
 
 # ** joining and splitting **

@@ -68,6 +68,8 @@ def _precision(options: TrtOptions) -> Iterator[str]:
 def _node(node: Node) -> Iterator[str]:
     schema = getattr(node.target, "_schema", None)
     kind = schema.name.split("::")[1] if schema is not None else ""
+    if schema is not None and schema.overload_name == "self_int":  # repeat_interleave by a constant: a size that is known
+        return
     if kind in DATA_DEPENDENT:
         yield f"{kind} has a result whose size depends on data; TensorRT-RTX has no kernel for it, use top-k with a fixed size"
     if kind in UNKNOWN:

@@ -141,7 +141,8 @@ class _Respelling:
         p = self.call(aten.softmax.int, logits, -1)
         if narrow != torch.float32:
             p = self.call(aten.to.dtype, p, narrow)
-        return self.call(aten.transpose.int, self.call(aten.matmul.default, p, v), 1, 2)
+        turned = self.call(aten.transpose.int, self.call(aten.matmul.default, p, v), 1, 2)
+        return self.call(aten.contiguous.default, turned)  # as the op promises: readers view it
 
     def _expanded(self, x: Node, groups: int) -> Node:
         if groups == 1:

@@ -86,7 +86,7 @@ FLOATS = {  # functions of X[B, S, 8], Y[B, S, 8] with B and S symbolic
     ),
     "triangle": lambda x, y: ((x @ y.mT).tril(), (x @ y.mT > 0).triu(1)),
     "cast": lambda x, y: (x.long(), (x > 0).float(), x.double().float(), x.to(torch.int32), y.type_as(x)),
-    "scatter": lambda x, y: (x.slice_scatter(y[:, :2], 1, 1, 3), torch.zeros_like(x).scatter(2, (x > 0).long(), y)),
+    "scatter": lambda x, y: (x.slice_scatter(y[:, :2], 1, 1, 3), x.slice_scatter(y[:, :, :3], 2, 1, 8, 3), torch.zeros_like(x).scatter(2, (x > 0).long(), y)),
     "sizes": lambda x, y: (x.reshape(x.shape[0] * x.shape[1], 8), x.new_zeros(x.shape[1] * 2 - 1), x.flatten().view(x.shape[0], -1)),
     "index_put": lambda x, y: x.index_put((torch.tensor([0]), torch.tensor([1])), torch.tensor(5.0)),
 }
