@@ -187,6 +187,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"{green} of {len(rows)} families are green in every column.", "", *notes]) + "\n"
 
 
+def document(rows: list[dict[str, Any]]) -> str:
+    """docs/families.md"""
+    columns = (__doc__ or "").split("Columns", 1)[1].rstrip()
+    head = "# Families\n\nMade by `python benchmarks/family_table.py` and `python benchmarks/readme_table.py`."
+    return f"{head}\n\n```\nColumns{columns}\n```\n\n{markdown(rows)}"
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -206,8 +213,7 @@ def main() -> None:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps([rows[f] for f in sorted(rows)], indent=1) + "\n")
     if arguments.markdown:
-        head = f"# Families\n\nMade by `python benchmarks/family_table.py`.\n\n```\n{__doc__.split(chr(10), 4)[4].strip()}\n```\n\n"
-        arguments.markdown.write_text(head + markdown([rows[f] for f in sorted(rows)]))
+        arguments.markdown.write_text(document([rows[f] for f in sorted(rows)]))
 
 
 if __name__ == "__main__":

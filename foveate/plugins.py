@@ -9,6 +9,9 @@ from pathlib import Path
 from .graph.errors import FoveateError
 
 
+_LOADED: dict[Path, dict[str, list[str]]] = {}  # file -> what it added; a second call for the same file finds it here
+
+
 def load_plugin(path: str | Path) -> dict[str, list[str]]:
     """Import a python file, or every python file of a folder; returns what it added: {"passes": [...], "families": [...], "targets": [...]}.
 
@@ -24,6 +27,8 @@ def load_plugin(path: str | Path) -> dict[str, list[str]]:
         return {kind: [n for a in added for n in a[kind]] for kind in added[0]}
     if not path.is_file():
         raise FoveateError(f"plugin: no file {path}")
+    if (known := _LOADED.get(path.resolve())) is not None:
+        return known
     before = _known()
     _import(path)
     added = {kind: sorted(names - before[kind]) for kind, names in _known().items()}
@@ -31,6 +36,7 @@ def load_plugin(path: str | Path) -> dict[str, list[str]]:
         raise FoveateError(
             f"plugin: {path.name} added nothing; it needs a Pass with a name, a Family with @register, or a Backend with a name"
         )
+    _LOADED[path.resolve()] = added
     return added
 
 

@@ -127,3 +127,22 @@ def test_plugins_that_are_none(tmp_path, content, message):
     (tmp_path / "odd.py").write_text(content)
     done = foveate("passes", "--plugin", tmp_path / "odd.py")
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_file_loaded_twice_is_loaded_once(tmp_path):
+    """In a process of its own; a second call says the same and another file of that name is still refused."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "drop_early.py").write_text(METHOD)
+    script = f"""
+import foveate
+first = foveate.load_plugin({str(tmp_path / "a" / "drop_early.py")!r})
+assert first["passes"] == ["drop-early"] and foveate.load_plugin({str(tmp_path / "a" / "drop_early.py")!r}) == first
+try:
+    foveate.load_plugin({str(tmp_path / "b" / "drop_early.py")!r})
+except foveate.FoveateError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "has the name of a module that is loaded already" in done.stdout

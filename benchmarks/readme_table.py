@@ -1,0 +1,74 @@
+"""Write the README's "Measured" section and docs/families.md from the committed records: no number in them is typed by hand.
+
+    python benchmarks/readme_table.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- measured: start -->", "<!-- measured: end -->"
+
+
+def read(name: str) -> Any:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def mark(good: bool) -> str:
+    return "yes" if good else "**no**"
+
+
+def speed() -> list[str]:
+    lines = ["| what | shape | measured | goal | met |", "|---|---|--:|--:|---|"]
+    for shape, row in read("ort_vs_hf_1_threads.json")["shapes"].items():
+        labels = {"prefill": "prefill against HF sdpa", "first_token": "first token against HF `generate`", "decode": "decode step against HF `generate`"}
+        for name, label in labels.items():
+            lines.append(f"| {label} | {shape} | {row['ratio'][name]:.2f}x | {row['goal'][name]:.1f}x | {mark(row['met'][name])} |")
+    for shape, row in read("drop_speed_1_threads.json")["shapes"].items():
+        what = f"drop to {row['keep']} at layer {row['layer']}"
+        of = f"{row['speedup']:.2f}x of {row['flop_ratio']:.2f}x"
+        lines += [
+            f"| prefill, {what}: {of} | {shape} | {row['of_ideal']:.2f} of ideal | 0.95 | {mark(row['met']['of_ideal'])} |",
+            f"| share of prefill spent selecting | {shape} | {100 * row['selection']:.1f}% | 3% | {mark(row['met']['selection'])} |",
+            f"| decode step, {what} | {shape} | {row['decode']:.2f}x | 1.0x | {mark(row['met']['decode'])} |",
+        ]
+    return lines
+
+
+def scaling() -> list[str]:
+    record = read("compile_scaling.json")
+    lines = ["", "Compile time on the LLaVA-1.5-7B geometry, weights on the meta device, one thread:", ""]
+    lines += ["| layers | capture s | peak RSS GB | passes s | ONNX prefill s | ONNX decode s |", "|--:|--:|--:|--:|--:|--:|"]
+    for r in record["rows"]:
+        lines.append(f"| {r['layers']} | {r['capture_s']} | {r['capture_peak_rss_gb']} | {r['passes_s']} | {r['onnx_prefill_s']} | {r['onnx_decode_s']} |")
+    return [*lines, "", "Goals at 32 layers: 60 s and 3 GB, 10 s, 15 s."]
+
+
+def machine(name: str) -> str:
+    m = read(name)["machine"]
+    return f"{m['cpu']}, {m['threads']} thread, torch {m['torch']}, transformers {m['transformers']}, onnxruntime {m['onnxruntime']}"
+
+
+def main() -> None:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.family_table import document
+
+    rows = read("families.json")
+    (ROOT / "docs" / "families.md").write_text(document(rows))
+    text = [f"On {machine('ort_vs_hf_1_threads.json')}; ratios within one run, medians, both sides in turns. No GPU figures yet.", "", *speed(), *scaling()]
+    text += ["", "Families: [docs/families.md](docs/families.md). Accuracy of the shipped model: [its card](examples/testbed/MODEL_CARD.md)."]
+    text += ["Error rates of the gate: [docs/judge.md](docs/judge.md)."]
+    readme = ROOT / "README.md"
+    body = re.sub(f"{START}.*{END}", lambda _: f"{START}\n" + "\n".join(text) + f"\n{END}", readme.read_text(), flags=re.S)
+    readme.write_text(body)
+
+
+if __name__ == "__main__":
+    main()
