@@ -8,7 +8,6 @@ from pathlib import Path
 
 from .graph.errors import FoveateError
 
-
 _LOADED: dict[Path, dict[str, list[str]]] = {}  # file -> what it added; a second call for the same file finds it here
 
 
