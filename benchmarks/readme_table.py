@@ -48,7 +48,10 @@ def scaling() -> list[str]:
     lines += ["| layers | capture s | peak RSS GB | passes s | ONNX prefill s | ONNX decode s |", "|--:|--:|--:|--:|--:|--:|"]
     for r in record["rows"]:
         lines.append(f"| {r['layers']} | {r['capture_s']} | {r['capture_peak_rss_gb']} | {r['passes_s']} | {r['onnx_prefill_s']} | {r['onnx_decode_s']} |")
-    return [*lines, "", "Goals at 32 layers: 60 s and 3 GB, 10 s, 15 s."]
+    memory = read("optimize_memory.json")
+    gib = memory["weights_bytes"] / 2**30
+    peak = f"Peak RSS of `foveate optimize` on {gib:.1f} GiB of float32 weights: {memory['ratio']:.2f}x the weights (goal {memory['goal']}x)."
+    return [*lines, "", "Goals at 32 layers: 60 s and 3 GB, 10 s, 15 s.", "", peak]
 
 
 def machine(name: str) -> str:
