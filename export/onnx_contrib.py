@@ -25,6 +25,7 @@ from torch.fx import Node
 
 from ..graph.program import Stage
 from .onnx_builder import Builder, Emitter
+from .onnx_dialect import Operands
 from .onnx_registry import dtype, rank
 from .onnx_shape import reshape_to, same
 
@@ -216,52 +217,28 @@ class Contrib:
     def _attention(self, node: Node) -> Emitter | None:
         if not call(node, foveate.attention.default) or dtype(node) != F32:
             return None
-        q, k, v, mask, q_pos, k_pos, _, causal, window, softcap, _layer = node.args
-        widths = {int(a.meta["val"].shape[3]) for a in (q, k, v)}
-        if len(widths) != 1:
+        a = Operands(*node.args)
+        if len({int(x.meta["val"].shape[3]) for x in (a.q, a.k, a.v)}) != 1:
             return None
         if self.decode:
-            return self._decode_attention(node) if not causal and not window and widths.pop() % 8 == 0 else None
-        if (
-            causal
-            and widths.pop() % 8 == 0
-            and _ordered(q_pos, k_pos)
-            and _prefix_mask(mask)
-            and same(q.meta["val"].shape[2], k.meta["val"].shape[2])
-        ):
+            return self._decode_attention(node) if not a.causal and not a.window and a.width % 8 == 0 else None
+        if a.causal and a.width % 8 == 0 and _ordered(a.q_pos, a.k_pos) and _prefix_mask(a.mask) and a.square:
             return self._prefill_attention
-        if not causal and mask is None and not softcap and same(q.meta["val"].shape[1], k.meta["val"].shape[1]):
+        if not a.causal and a.mask is None and not a.softcap and a.heads == a.groups:
             return self._free_attention
         return None
 
-    def _prefill_attention(
-        self,
-        b: Builder,
-        n: Node,
-        q: Node,
-        k: Node,
-        v: Node,
-        mask: Node | None,
-        q_pos: None,
-        k_pos: None,
-        scale: float,
-        causal: bool,
-        window: int,
-        softcap: float,
-        layer: int,
-    ) -> str:
+    def _prefill_attention(self, b: Builder, n: Node, *operands: Any) -> str:
         """The first rows of an empty cache. Rows beyond a sample's length are padding."""
-        rows = b.dim(mask, 1) if mask is not None else b.dim_of(self.flatten(b, q), q.meta["val"].transpose(1, 2), 1)
+        a, one = Operands(*operands), b.const([1], torch.int32)
+        rows = b.dim(a.mask, 1) if a.mask is not None else b.dim_of(self.flatten(b, a.q), a.q.meta["val"].transpose(1, 2), 1)
         total = b.cast(rows, torch.int64, torch.int32)
-        if mask is None:
-            last = b.op("Expand", b.op("Sub", total, b.const([1], torch.int32)), b.dim(q, 0))
+        if a.mask is None:
+            last = b.op("Expand", b.op("Sub", total, one), b.dim(a.q, 0))
         else:
-            last = b.op(
-                "Sub", b.op("ReduceSum", b.cast(b(mask), torch.bool, torch.int32), b.ints(1), keepdims=0), b.const([1], torch.int32)
-            )
+            last = b.op("Sub", b.op("ReduceSum", b.cast(b(a.mask), torch.bool, torch.int32), b.ints(1), keepdims=0), one)
             last = b.op("Max", last, b.const([0], torch.int32))
-        past = self._cache(b, k, v, layer)
-        return self._group_query(b, n, q, k, v, past, last, total, scale, window, softcap, layer)
+        return self._group_query(b, n, a, (a.k, a.v), self._cache(b, a.k, a.v, a.layer), last, total)
 
     def _cache(self, b: Builder, k: Node, v: Node, layer: int) -> tuple[str | None, str | None]:
         """Inputs for the layer's cache, if what the stage returns for it is exactly this k and v."""
@@ -293,26 +270,13 @@ class Contrib:
         ):
             return None
 
-        def emit(
-            b: Builder,
-            n: Node,
-            q: Node,
-            k: Node,
-            v: Node,
-            mask: Node,
-            q_pos: None,
-            k_pos: None,
-            scale: float,
-            causal: bool,
-            window: int,
-            softcap: float,
-            layer: int,
-        ) -> str:
-            lengths = b.op("Cast", b(mask.args[1]), to=6)  # int32[L, B], once
-            last = b.op("Gather", lengths, b.const(self.row(mask.args[2]), torch.int64), axis=0)
+        def emit(b: Builder, n: Node, *operands: Any) -> str:
+            a = Operands(*operands)
+            lengths = b.op("Cast", b(a.mask.args[1]), to=6)  # int32[L, B], once
+            last = b.op("Gather", lengths, b.const(self.row(a.mask.args[2]), torch.int64), axis=0)
             total = b.op("Add", b.op("ReduceMax", last, b.ints(0), keepdims=1), b.const([1], torch.int32))
-            past = (b(k.args[0]), b(v.args[0]))
-            return self._group_query(b, n, q, k.args[1], v.args[1], past, last, total, scale, window, softcap, layer)
+            past = (b(a.k.args[0]), b(a.v.args[0]))
+            return self._group_query(b, n, a, (a.k.args[1], a.v.args[1]), past, last, total)
 
         return emit
 
@@ -321,53 +285,38 @@ class Contrib:
         return self.rows[row] if self.rows else row
 
     def _group_query(
-        self,
-        b: Builder,
-        n: Node,
-        q: Node,
-        k: Node,
-        v: Node,
-        past: tuple[str | None, str | None],
-        last: str,
-        total: str,
-        scale: float,
-        window: int,
-        softcap: float,
-        layer: int,
+        self, b: Builder, n: Node, a: Operands, new: tuple[Node, Node], past: tuple[str | None, str | None], last: str, total: str
     ) -> str:
-        heads, groups, width = (int(s) for s in (q.meta["val"].shape[1], k.meta["val"].shape[1], q.meta["val"].shape[3]))
+        """new: the rows that are not in the cache yet; last: index of every sample's last row; total: rows in the longest sample."""
         y, keys, values = b.op(
             "GroupQueryAttention",
-            self.flatten(b, q),
-            self.flatten(b, k),
-            self.flatten(b, v),
+            self.flatten(b, a.q),
+            *[self.flatten(b, x) for x in new],
             *past,
             last,
             total,
             domain=MS,
             outputs=3,
-            num_heads=heads,
-            kv_num_heads=groups,
-            scale=scale,
-            local_window_size=window or None,
-            softcap=softcap or None,
+            num_heads=a.heads,
+            kv_num_heads=a.groups,
+            scale=a.scale,
+            local_window_size=a.window or None,
+            softcap=a.softcap or None,
         )
         if past[0] is not None:
-            dims = ["B", groups, f"{'P' if self.decode else 'C'}{layer}", width]
-            b.replaced[f"k.{layer}"], b.replaced[f"v.{layer}"] = (keys, dims), (values, dims)
-            self.in_place.append(layer)
-        return self._put(b, n, y, heads, width)
+            dims = ["B", a.groups, f"{'P' if self.decode else 'C'}{a.layer}", a.width]
+            b.replaced[f"k.{a.layer}"], b.replaced[f"v.{a.layer}"] = (keys, dims), (values, dims)
+            self.in_place.append(a.layer)
+        return self._put(b, n, y, a)
 
-    def _free_attention(
-        self, b: Builder, n: Node, q: Node, k: Node, v: Node, mask: None, q_pos: None, k_pos: None, scale: float, *_: Any
-    ) -> str:
-        heads, width = int(q.meta["val"].shape[1]), int(q.meta["val"].shape[3])
-        y = b.op("MultiHeadAttention", *[self.flatten(b, a) for a in (q, k, v)], domain=MS, num_heads=heads, scale=scale)
-        return self._put(b, n, y, heads, width)
+    def _free_attention(self, b: Builder, n: Node, *operands: Any) -> str:
+        a = Operands(*operands)
+        flat = [self.flatten(b, x) for x in (a.q, a.k, a.v)]
+        return self._put(b, n, b.op("MultiHeadAttention", *flat, domain=MS, num_heads=a.heads, scale=a.scale), a)
 
-    def _put(self, b: Builder, n: Node, y: str, heads: int, width: int) -> str:
+    def _put(self, b: Builder, n: Node, y: str, a: Operands) -> str:
         self.context[n] = y
-        return b.op("Reshape", y, b.ints(0, 0, heads, width))
+        return b.op("Reshape", y, b.ints(0, 0, a.heads, a.width))
 
     # ** the rest **
 

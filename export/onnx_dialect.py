@@ -5,6 +5,7 @@ Everything here agrees with the op's body; ops that are missing are expanded to 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,42 +61,76 @@ def kv_mask(b: Builder, n: Node, past: Node, lengths: Node, layer: int) -> str:
 # ** attention **
 
 
-def attention_mask(
-    b: Builder, n: Node, q: Node, k: Node, mask: Node | None, q_pos: Node | None, k_pos: Node | None, causal: bool, window: int
-) -> str | None:
-    """Everything that hides keys as one mask over [B or 1, H or 1, S, T] (bool, or float in q's type when the given mask is float), or
-    None."""
-    masks = []
-    float_mask = None
-    if mask is not None and dtype(mask) == torch.bool:
-        masks.append(b.op("Unsqueeze", b(mask), b.ints(1, 2)) if mask.meta["val"].dim() == 2 else b(mask))
-    elif mask is not None:
-        float_mask = b(mask)
+@dataclass(frozen=True)
+class Operands:
+    """What `foveate.attention` is given, in its order: `Operands(*node.args)`."""
+
+    q: Node  # [B, H, S, D]
+    k: Node  # [B, G, T, D]
+    v: Node
+    mask: Node | None  # [B, T] bool, or [B or 1, H or 1, S or 1, T], bool or added
+    q_pos: Node | None
+    k_pos: Node | None
+    scale: float
+    causal: bool
+    window: int
+    softcap: float
+    layer: int
+
+    @property
+    def heads(self) -> int:
+        return int(self.q.meta["val"].shape[1])
+
+    @property
+    def groups(self) -> int:
+        return int(self.k.meta["val"].shape[1])
+
+    @property
+    def width(self) -> int:
+        return int(self.q.meta["val"].shape[3])
+
+    @property
+    def rows(self) -> Any:
+        """S, an int or symbolic."""
+        return self.q.meta["val"].shape[2]
+
+    @property
+    def square(self) -> bool:
+        """As many queries as keys."""
+        return same(self.rows, self.k.meta["val"].shape[2])
+
+    @property
+    def added(self) -> bool:
+        """Is the mask one that is added to the logits?"""
+        return self.mask is not None and dtype(self.mask) != torch.bool
+
+
+def attention_mask(b: Builder, a: Operands, causal: bool) -> str | None:
+    """Everything that hides keys as one mask over [B or 1, H or 1, S, T] (bool, or float when the given mask is float), or None."""
+    seen = None
+    if a.mask is not None and not a.added:
+        seen = b.op("Unsqueeze", b(a.mask), b.ints(1, 2)) if a.mask.meta["val"].dim() == 2 else b(a.mask)
     if causal:
-        masks.append(_causal(b, q, k, q_pos, k_pos, window))
-    seen = masks[0] if masks else None
-    for other in masks[1:]:
-        seen = b.op("And", seen, other)
-    if float_mask is None:
+        early = _causal(b, a)
+        seen = early if seen is None else b.op("And", seen, early)
+    if not a.added:
         return seen
-    kind = dtype(mask)  # type: ignore[arg-type]
-    if seen is None:
-        return float_mask
-    return b.op("Where", seen, float_mask, b.const(_hidden(kind), kind))
+    kind = dtype(a.mask)
+    return b(a.mask) if seen is None else b.op("Where", seen, b(a.mask), b.const(_hidden(kind), kind))
 
 
-def _causal(b: Builder, q: Node, k: Node, q_pos: Node | None, k_pos: Node | None, window: int) -> str:
-    if q_pos is None or k_pos is None:
-        rows = b.op("Squeeze", b.dim(q, 2), b.ints(0))
-        columns = b.op("Squeeze", b.dim(k, 2), b.ints(0))
+def _causal(b: Builder, a: Operands) -> str:
+    if a.q_pos is None or a.k_pos is None:
+        rows = b.op("Squeeze", b.dim(a.q, 2), b.ints(0))
+        columns = b.op("Squeeze", b.dim(a.k, 2), b.ints(0))
         keys = b.op("Range", b.const(0, torch.int64), columns, b.const(1, torch.int64))
         first = b.op("Sub", columns, rows)  # bottom-right aligned
         queries = b.op("Unsqueeze", b.op("Range", first, columns, b.const(1, torch.int64)), b.ints(1))
     else:
-        queries, keys = b.op("Unsqueeze", b(q_pos), b.ints(1, 3)), b.op("Unsqueeze", b(k_pos), b.ints(1, 2))
+        queries, keys = b.op("Unsqueeze", b(a.q_pos), b.ints(1, 3)), b.op("Unsqueeze", b(a.k_pos), b.ints(1, 2))
     seen = b.op("LessOrEqual", keys, queries)
-    if window:
-        near = b.op("Less", b.op("Sub", queries, keys), b.const(window, torch.int64))
+    if a.window:
+        near = b.op("Less", b.op("Sub", queries, keys), b.const(a.window, torch.int64))
         seen = b.op("And", seen, near)
     return seen
 
@@ -116,70 +151,42 @@ def repeat_heads(b: Builder, name: str, kv: Tensor, times: int) -> str:
     return b.op("Reshape", wide, b.ints(0, kv.shape[1] * times, -1, kv.shape[3]))
 
 
-def attention_matmul(
-    b: Builder,
-    n: Node,
-    q: Node,
-    k: Node,
-    v: Node,
-    mask: Node | None,
-    q_pos: Node | None,
-    k_pos: Node | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    layer: int,
-) -> str:
+def attention_matmul(b: Builder, n: Node, *operands: Any) -> str:
     """MatMul, Softmax in float32, MatMul: valid everywhere, and what TensorRT fuses into one kernel when S is 1."""
-    kind, heads, groups = dtype(q), q.meta["val"].shape[1], k.meta["val"].shape[1]
-    if heads is not groups and int(heads) % int(groups):
+    a = Operands(*operands)
+    kind = dtype(a.q)
+    if a.heads % a.groups:
         raise AssertionError("attention heads are a multiple of the key/value heads")
-    keys = repeat_heads(b, b(k), k.meta["val"], int(heads) // int(groups))
-    values = repeat_heads(b, b(v), v.meta["val"], int(heads) // int(groups))
-    logits = b.op("MatMul", b(q), b.op("Transpose", keys, perm=[0, 1, 3, 2]))
-    logits = b.op("Mul", b.cast(logits, kind, torch.float32), b.const(scale, torch.float32))
-    if softcap:
-        cap = b.const(softcap, torch.float32)
+    keys = repeat_heads(b, b(a.k), a.k.meta["val"], a.heads // a.groups)
+    values = repeat_heads(b, b(a.v), a.v.meta["val"], a.heads // a.groups)
+    logits = b.op("MatMul", b(a.q), b.op("Transpose", keys, perm=[0, 1, 3, 2]))
+    logits = b.op("Mul", b.cast(logits, kind, torch.float32), b.const(a.scale, torch.float32))
+    if a.softcap:
+        cap = b.const(a.softcap, torch.float32)
         logits = b.op("Mul", b.op("Tanh", b.op("Div", logits, cap)), cap)
-    one_row = isinstance(q.meta["val"].shape[2], int) and q.meta["val"].shape[2] == 1 and q_pos is None and not window
-    hidden = attention_mask(b, n, q, k, mask, q_pos, k_pos, causal and not one_row, window)
-    if hidden is not None:
-        if mask is not None and dtype(mask) != torch.bool:
-            logits = b.op("Add", logits, b.cast(hidden, dtype(mask), torch.float32))
-        else:
-            logits = b.op("Where", hidden, logits, b.const(-1e30, torch.float32))
+    one_row = isinstance(a.rows, int) and a.rows == 1 and a.q_pos is None and not a.window
+    hidden = attention_mask(b, a, a.causal and not one_row)
+    if hidden is not None and a.added:
+        logits = b.op("Add", logits, b.cast(hidden, dtype(a.mask), torch.float32))
+    elif hidden is not None:
+        logits = b.op("Where", hidden, logits, b.const(-1e30, torch.float32))
     p = b.cast(b.op("Softmax", logits, axis=-1), torch.float32, kind)
     return b.op("Transpose", b.op("MatMul", p, values), perm=[0, 2, 1, 3])
 
 
-def attention_op(
-    b: Builder,
-    n: Node,
-    q: Node,
-    k: Node,
-    v: Node,
-    mask: Node | None,
-    q_pos: Node | None,
-    k_pos: Node | None,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    layer: int,
-) -> str:
+def attention_op(b: Builder, n: Node, *operands: Any) -> str:
     """The Attention operator of opset 23; a soft cap (whose order against the mask changed between opsets) is spelt out instead."""
-    rows = q.meta["val"].shape[2]
-    if softcap or (isinstance(rows, int) and rows == 1):
-        return attention_matmul(b, n, q, k, v, mask, q_pos, k_pos, scale, causal, window, softcap, layer)
-    plain = causal and not window and q_pos is None and same(rows, k.meta["val"].shape[2])
-    hidden = attention_mask(b, n, q, k, mask, q_pos, k_pos, causal and not plain, window)
+    a = Operands(*operands)
+    if a.softcap or (isinstance(a.rows, int) and a.rows == 1):
+        return attention_matmul(b, n, *operands)
+    plain = a.causal and not a.window and a.q_pos is None and a.square
+    hidden = attention_mask(b, a, a.causal and not plain)
     if hidden is not None:
-        shape = b.op("Concat", b.ints(1, 1), b.dim(q, 2), b.dim(k, 2), axis=0)
+        shape = b.op("Concat", b.ints(1, 1), b.dim(a.q, 2), b.dim(a.k, 2), axis=0)
         hidden = b.op("Expand", hidden, shape)  # the operator's mask has S rows
-        if mask is not None and dtype(mask) != torch.bool:
-            hidden = b.cast(hidden, dtype(mask), dtype(q))
-    y = b.op("Attention", b(q), b(k), b(v), hidden, is_causal=int(plain), scale=scale)
+        if a.added:
+            hidden = b.cast(hidden, dtype(a.mask), dtype(a.q))
+    y = b.op("Attention", b(a.q), b(a.k), b(a.v), hidden, is_causal=int(plain), scale=a.scale)
     return b.op("Transpose", y, perm=[0, 2, 1, 3])
 
 
