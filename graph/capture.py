@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.export import Dim
-from torch.fx import GraphModule, Node
-from torch.fx.graph import CodeGen
+from torch.fx import Node
 
 from .errors import GraphError
 from .families import family_of
@@ -20,6 +19,7 @@ from .families._hooks import DecodeCache, PrefillCache, attention_of, patched, s
 from .families.base import Family, VisionInputs
 from .kv_table import derive_kv
 from .program import Facts, KVLayer, Program, Stage
+from .stage import from_exported
 
 LONGEST = 1 << 20  # bound of every token dimension
 
@@ -230,38 +230,7 @@ def _export(model: Any, inputs: dict[str, Tensor], shapes: dict[str, dict[int, A
     exported = torch.export.export(root, tuple(inputs.values()), dynamic_shapes={"values": tuple(shapes.values())}, strict=False)
     if any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable and "detach_" not in str(n.target) for n in exported.graph.nodes):
         exported = exported.run_decompositions({})  # in-place writes (qwen3's mrope, pixtral's block mask) become functional
-    return _stage(exported, list(inputs), outputs)
-
-
-def _stage(exported: torch.export.ExportedProgram, names: list[str], outputs: list[str]) -> Stage:
-    """Parameters as get_attr nodes, flat inputs and outputs, no asserts, `meta["val"]` and the contract's names everywhere."""
-    lifted = exported.graph_signature
-    held = lifted.inputs_to_parameters | lifted.inputs_to_buffers | lifted.inputs_to_lifted_tensor_constants
-    vals = {held[n.name]: n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder" and n.name in held}
-    unlifted = exported.module(check_guards=False)
-    graph = unlifted.graph
-    graph.set_codegen(CodeGen())
-    for node in list(graph.nodes):
-        if node.op == "call_function" and ("assert" in str(node.target) or "sym_constrain" in str(node.target)):
-            graph.erase_node(node)
-        elif node.target is torch.ops.aten.to.device and _same(node.meta["val"], node.args[0].meta["val"]):
-            node.replace_all_uses_with(node.args[0])  # otherwise the graph names the device that it was captured on
-    module = GraphModule(unlifted, graph)
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    for node, name in zip(inputs, names, strict=True):
-        node.meta["name"] = name
-        node._rename(name.replace(".", "_"))
-    graph.eliminate_dead_code()
-    for node in graph.nodes:
-        if node.op == "get_attr" and "val" not in node.meta:
-            node.meta["val"] = vals[node.target]
-    graph.lint()
-    module.recompile()
-    return Stage(module, list(outputs))
-
-
-def _same(a: Any, b: Any) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and a.device == b.device
+    return from_exported(exported, list(inputs), outputs)
 
 
 # ---- facts

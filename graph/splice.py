@@ -1,5 +1,6 @@
 """Trace a plain torch function and inline it at a node."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,7 @@ def _inline(stage: Stage, traced: torch.fx.GraphModule, before: Node, inputs: li
                 return [torch.fx.node.map_arg(a, lambda n: image[n]) for a in node.args[0]]
             else:
                 if node.op == "get_attr":
-                    name = f"constant_{sum(1 for _ in stage.module.buffers())}"
+                    name = next(name for i in itertools.count() if not hasattr(stage.module, name := f"constant_{i}"))
                     stage.module.register_buffer(name, getattr(traced, str(node.target)))
                     copied = graph.get_attr(name)
                 else:

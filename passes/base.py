@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -52,16 +50,12 @@ class Pass(ABC):
         return asdict(self)
 
 
-def discover(folder: Path | None = None) -> dict[str, type[Pass]]:
-    """Import every method (and, given a folder of .py files, those too); returns name -> pass."""
+def discover() -> dict[str, type[Pass]]:
+    """Import every method; returns name -> pass, those of plug-ins among them."""
     from . import methods
 
     for module in pkgutil.iter_modules(methods.__path__, f"{methods.__name__}."):
         importlib.import_module(module.name)
-    for file in sorted(folder.glob("*.py")) if folder else []:
-        spec = importlib.util.spec_from_file_location(f"{methods.__name__}.{file.stem}", file)  # its `from ..select import` works as at home
-        assert spec and spec.loader
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
     return dict(sorted(PASSES.items()))
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import pkgutil
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,29 +99,11 @@ class Engine(ABC):
 
 
 def backends() -> dict[str, type[Backend]]:
-    """Every backend by name: the files of this folder, and those given to `register_file`."""
+    """Every backend by name: the files of this folder, and those given to `foveate.load_plugin`."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module.name != "base" and not module.name.startswith("_"):
             importlib.import_module(f"{__package__}.{module.name}")
     return dict(_FOUND)
-
-
-def register_file(path: str | Path) -> list[str]:
-    """Import a python file with a backend in it, from anywhere; returns the names that it adds."""
-    path = Path(path)
-    if not path.is_file():
-        raise LowerError(f"backends: {path} is no file")
-    before = set(backends())
-    spec = importlib.util.spec_from_file_location(f"foveate_backend_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise LowerError(f"backends: {path} cannot be imported as python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    added = sorted(set(_FOUND) - before)
-    if not added:
-        raise LowerError(f"backends: {path.name} defines no new subclass of Backend with a name; known are {sorted(before)}")
-    return added
 
 
 def find(name: str) -> Backend:

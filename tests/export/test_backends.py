@@ -14,8 +14,9 @@ import torch
 from helpers import toy
 from lowering import distance, engine, prompt, rollout
 
+import foveate
 from foveate.export.artifact import Artifact
-from foveate.export.backends import backends, find, register_file
+from foveate.export.backends import backends, find
 from foveate.export.errors import LowerError
 from foveate.export.sizes import evaluate
 from foveate.graph.capture import capture
@@ -201,13 +202,13 @@ class Counted(Engine):
 
     prefill = decode = None
 ''')
-    assert register_file(file) == ["count"]
+    assert foveate.load_plugin(file)["targets"] == ["count"]
     assert "count" in backends()
     program = toy()
     assert engine(program, tmp_path, "count").vision({}) == {"nodes": len(program["vision"].graph.nodes)}
-    with pytest.raises(LowerError, match=r"empty\.py defines no new subclass"):
-        (tmp_path / "empty.py").write_text("x = 1")
-        register_file(tmp_path / "empty.py")
+    (tmp_path / "empty.py").write_text("x = 1")
+    with pytest.raises(foveate.FoveateError, match=r"empty\.py added nothing; it needs .* a Backend with a name"):
+        foveate.load_plugin(tmp_path / "empty.py")
 
 
 def test_the_run_time_does_without_torch():

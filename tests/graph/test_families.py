@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from foveate import FoveateError, load_plugin
 from foveate.graph.check import TOLERANCE, compare
-from foveate.graph.errors import GraphError
-from foveate.graph.families import REGISTRY, load_plugin
+from foveate.graph.families import REGISTRY
 
 ASKED = {"llava", "llava_next", "llava_onevision", "vipllava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "idefics3", "paligemma",
          "gemma3", "gemma4", "mistral3", "pixtral", "lfm2_vl", "molmo2", "glm4v", "ovis2"}
@@ -46,7 +46,7 @@ def test_a_family_from_outside_is_one_file(tmp_path: Path):
     file = tmp_path / "toy_llava.py"
     file.write_text(TOY)
     try:
-        assert load_plugin(file) == ["toy_llava"]
+        assert load_plugin(file)["families"] == ["toy_llava"]
         assert compare("toy_llava", layers=1, steps=2).passed
     finally:
         REGISTRY.pop("toy_llava", None)
@@ -55,14 +55,14 @@ def test_a_family_from_outside_is_one_file(tmp_path: Path):
 def test_a_plugin_that_adds_nothing_is_refused(tmp_path: Path):
     file = tmp_path / "nothing.py"
     file.write_text("x = 1\n")
-    with pytest.raises(GraphError, match=r"nothing\.py registered no new family"):
+    with pytest.raises(FoveateError, match=r"nothing\.py added nothing; it needs .* a Family with @register"):
         load_plugin(file)
-    with pytest.raises(GraphError, match="no file"):
+    with pytest.raises(FoveateError, match="no file"):
         load_plugin(tmp_path / "missing.py")
 
 
 def test_a_model_type_belongs_to_one_adapter(tmp_path: Path):
     file = tmp_path / "thief.py"
     file.write_text("from foveate.graph.families.base import Family, register\n@register\nclass Thief(Family):\n    model_types = ('llava',)\n")
-    with pytest.raises(GraphError, match="'llava' belongs to Llava already"):
+    with pytest.raises(FoveateError, match="'llava' belongs to Llava already"):
         load_plugin(file)
