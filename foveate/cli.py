@@ -112,6 +112,7 @@ def run(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    extra: Annotated[list[str] | None, typer.Option("--extra", metavar="NAME=FILE", help="array for an input that a method asked for: text=vector.npy")] = None,
     overlay: Annotated[Path | None, typer.Option(help="PNG with the kept tokens drawn on the pictures")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="check the hashes of the artifact's files")] = True,
     plugin: PluginOption = None,
@@ -129,7 +130,8 @@ def run(
         session = load(artifact, verify=verify)
     with session:
         request: dict[str, Any] = {"prompt": prompt} if raw or not getattr(session.processor, "chat_template", None) else {"messages": _question(prompt)}
-        result = session.generate([str(i) for i in image or []] or None, **request, max_new_tokens=max_new_tokens, seed=seed, **options)
+        arrays = _arrays(extra)
+        result = session.generate([str(i) for i in image or []] or None, **request, max_new_tokens=max_new_tokens, seed=seed, extra=arrays, **options)
     drawn = result.overlay(overlay) if overlay else None
     if as_json:
         _json({**result.as_dict(), "overlay": None if drawn is None else str(drawn)})
@@ -350,6 +352,19 @@ def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:
         if not equals or not key.strip():
             raise _Usage(f"{flag} {text!r}: write it as KEY=VALUE")
         found[key.strip()] = value.strip()
+    return found
+
+
+def _arrays(given: list[str] | None) -> dict[str, Any]:
+    """NAME=FILE.npy -> arrays; nothing that could run code is read."""
+    import numpy as np
+
+    found = {}
+    for name, path in _pairs("--extra", given).items():
+        try:
+            found[name] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise _Usage(f"--extra {name}: {path} cannot be read as a .npy array ({_one_line(error)})") from None
     return found
 
 

@@ -17,6 +17,7 @@ from .datasets import Item
 from .errors import RunError
 from .evaluate import log_softmax, request_of
 from .results import Run
+from .session import checked
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ def likelihood(session: Any, item: Item, answer: np.ndarray) -> np.ndarray:
     samples = session.prepare([item.pictures()], **request_of(session, [(item, [])]))
     batch = session.encode(samples).batch
     outputs, cache = session.engine.prefill(batch.feeds, batch.length + len(answer))
-    logits, found = outputs["logits"], []
+    logits, found = checked(outputs["logits"], "prefill"), []
     for step, token in enumerate(answer):
         if step:
-            logits = session.engine.decode(cache, np.array([[answer[step - 1]]]), batch.step_positions(step - 1))
+            logits = checked(session.engine.decode(cache, np.array([[answer[step - 1]]]), batch.step_positions(step - 1)), f"decode step {step}")
         found.append(log_softmax(logits[0])[token])
     return np.array(found)
 

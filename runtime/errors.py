@@ -7,6 +7,12 @@ class RunError(FoveateError):
     """An artifact cannot be run as asked: picture, prompt, option or machine. The message says what was found and what is possible."""
 
 
+class NumberError(RunError):
+    """A model that answers with NaN or infinity."""
+
+    exit_code = 3
+
+
 class GateError(FoveateError):
     """A verdict cannot be reached: items that do not match, a score that is no number, an impossible demand."""
 

@@ -14,17 +14,13 @@ import numpy as np
 
 from . import metrics
 from .datasets import Item, take
-from .errors import RunError
+from .errors import NumberError, RunError
 from .prompts import placeholders
 from .results import Log, Result, Run
 from .stats import wilson
 
 Progress = Callable[[int, int, float | None], None]  # items done, items in all, mean score so far
 TOP = 64  # log-probabilities of the first token that are saved; the rest is kept as one number
-
-
-class NumberError(RunError):
-    """A model that answers with NaN or +inf. Its answer is wrong, the evaluation goes on."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +231,7 @@ def _result(
 
 
 class Watch:
-    """An engine that looks at the logits passing by: NaN is an error here, not a token."""
+    """An engine that keeps the first token's logits as they pass by."""
 
     def __init__(self, engine: Any, keep: bool):
         self.engine, self.keep, self.logits = engine, keep, None
@@ -245,24 +241,12 @@ class Watch:
 
     def prefill(self, *arguments: Any, **options: Any) -> Any:
         outputs, cache = self.engine.prefill(*arguments, **options)
-        self._check(outputs["logits"], "prefill")
         self.logits = np.asarray(outputs["logits"], np.float32) if self.keep else None
         return outputs, cache
-
-    def decode(self, *arguments: Any, **options: Any) -> Any:
-        logits = self.engine.decode(*arguments, **options)
-        self._check(logits, "decode")
-        return logits
 
     def first(self, sample: int) -> dict[str, Any]:
         """The likeliest TOP tokens and the log of what is left."""
         return top(log_softmax(self.logits[sample]))
-
-    @staticmethod
-    def _check(logits: np.ndarray, stage: str) -> None:
-        bad = int((np.isnan(logits) | np.isposinf(logits)).sum())
-        if bad:
-            raise NumberError(f"{stage}: {bad} of {logits.size} logits are NaN or infinite")
 
 
 @contextmanager

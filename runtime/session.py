@@ -17,7 +17,7 @@ from ..export.artifact import Artifact
 from ..export.backends.base import find
 from . import prompts
 from .batch import Batch, assemble, image_groups, lay_out
-from .errors import RunError
+from .errors import NumberError, RunError
 from .prompts import Sample
 from .result import Generation, Picture, Timings
 from .sampling import PENALTIES, WARPERS, chooser
@@ -55,6 +55,7 @@ class Session:
         max_new_tokens: int | None = None,
         streamer: Any = None,
         seed: int | None = None,
+        extra: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Generation:
         """Answer one prompt or a batch of them.
@@ -63,15 +64,19 @@ class Session:
         or None). prompt: text with the model's image placeholder; or messages: a conversation, or a list of them, for the chat template.
         options: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, ... as in transformers' generation config, whose saved
         values are the defaults. streamer: transformers' streamer, or a function called with each new piece of text (one prompt only).
+        extra: inputs that a method asked for and no processor makes (a text vector, a saliency map), by the names of
+        facts.vision_extra: one row [images, width] per picture, or one row for all of them.
+        Raises a RunError; a NumberError when the model's logits are no numbers.
         """
         config, steps = self._config(options), self._budget(max_new_tokens)
         timings = Timings()
         with _clock(timings, "preprocess_ms"):
             samples = self.prepare(images, prompt, messages)
         stream = Stream(streamer, self.tokenizer, len(samples)) if streamer is not None else None
-        seen = self.encode(samples, timings)
+        seen = self.encode(samples, timings, extra)
         with _clock(timings, "prefill_ms"):
             outputs, cache = self.engine.prefill(seen.batch.feeds, seen.batch.length + steps)
+        checked(outputs["logits"], "prefill")
         choose = chooser(config, self.eos, [len(p.tokens) for p in seen.batch.layouts], seed)
         tokens = self._decode(seen.batch, outputs["logits"], cache, steps, choose, timings, stream)
         kept = {k: v for k, v in outputs.items() if k.startswith("kept.")}
@@ -94,7 +99,7 @@ class Session:
             prompts.process(self.processor, text, pictures) for text, pictures in prompts.requests(self.processor, images, prompt, messages)
         ]
 
-    def encode(self, samples: Sequence[Sample], timings: Timings | None = None) -> Seen:
+    def encode(self, samples: Sequence[Sample], timings: Timings | None = None, extra: Mapping[str, Any] | None = None) -> Seen:
         """The vision stage over all pictures of all samples, and the padded feeds of prefill."""
         rule, grids = self.facts["positions"], [s.vision.get("image_grid_thw") for s in samples]
         merge = int(rule.get("merge", 1))
@@ -103,7 +108,7 @@ class Session:
             for s, g in zip(samples, grids, strict=True)
         ]
         with _clock(timings, "encoder_ms"):
-            outputs = self._vision(samples)
+            outputs = self._vision(samples, extra or {})
         kept = {k: v for k, v in outputs.items() if k.startswith("kept.")}
         fixed = self.facts.get("features_per_image")
         rows = [[len(g) if fixed is None else fixed for g in sample] for sample in groups]
@@ -112,17 +117,23 @@ class Session:
         features = {name: _regroup(outputs.get(name), rows, name, self._feature_width(name)) for name in self.facts["features"]}
         return Seen(assemble(layouts, features, self.facts, self.pad), kept, groups)
 
-    def _vision(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    def _vision(self, samples: Sequence[Sample], extra: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """All pictures at once, or in as many runs as a stage with a fixed picture count needs. No picture: {}."""
+        asked = tuple(self.facts.get("vision_extra") or ())
+        if unknown := sorted(set(extra) - set(asked)):
+            raise RunError(f"generate: this artifact has no extra inputs {unknown}; it takes {list(asked) or 'none'}")
         if not any(s.pictures for s in samples):
             return {}
         for sample in samples:
             _check_geometry(sample, self.facts.get("geometry") or {})
         feeds: dict[str, np.ndarray] = {}
-        runs = 1
+        runs, rows = 1, sum(len(s.pictures) for s in samples)
         for spec in self.manifest["components"]["vision"]["inputs"]:
-            value = np.concatenate([_shaped(s.vision, spec) for s in samples if s.pictures])
             first = spec["shape"][0]
+            if spec["name"] in asked:
+                value = _row_per_picture(extra, spec, rows)
+            else:
+                value = np.concatenate([_shaped(s.vision, spec) for s in samples if s.pictures])
             if isinstance(first, int):
                 runs = max(runs, len(value) // first)
                 if len(value) != runs * first:
@@ -142,7 +153,7 @@ class Session:
         for step in range(steps):
             with _clock(timings, "first_token_ms" if step == 0 else "decode_ms"):
                 if step:
-                    logits = self.engine.decode(cache, tokens[:, None], batch.step_positions(step - 1))
+                    logits = checked(self.engine.decode(cache, tokens[:, None], batch.step_positions(step - 1)), f"decode step {step}")
                 tokens = np.where(done, self.pad, choose(logits, history))
             for b in np.flatnonzero(~done):
                 made[b].append(int(tokens[b]))
@@ -299,6 +310,31 @@ def _shaped(arrays: Mapping[str, np.ndarray], spec: Mapping[str, Any]) -> np.nda
             "artifact that was captured with such a picture"
         )
     return value.astype(np.dtype(spec["dtype"]), copy=False)
+
+
+def _row_per_picture(extra: Mapping[str, Any], spec: Mapping[str, Any], pictures: int) -> np.ndarray:
+    """An extra input as [pictures, width]; one row stands for every picture."""
+    name, width = spec["name"], spec["shape"][1:]
+    if name not in extra:
+        raise RunError(f"generate: this artifact needs extra={{{name!r}: array of shape {['images', *width]}}}, which no processor makes")
+    value = np.asarray(extra[name])
+    if value.dtype.kind not in "fiu" or not np.isfinite(value).all():
+        raise RunError(f"generate: extra[{name!r}] must be finite numbers, found {value.dtype}{list(value.shape)}")
+    value = value[None] if value.ndim == len(width) else value
+    if value.ndim != len(width) + 1 or list(value.shape[1:]) != list(width) or len(value) not in (1, pictures):
+        raise RunError(f"generate: extra[{name!r}] is {list(np.shape(extra[name]))}; {pictures} picture(s) need {[pictures, *width]} or one row {width}")
+    return np.broadcast_to(value, (pictures, *value.shape[1:])).astype(np.dtype(spec["dtype"]))
+
+
+def checked(logits: np.ndarray, stage: str) -> np.ndarray:
+    """The logits, if the next token can be chosen from them: NaN or +inf anywhere, or a row of -inf alone, is refused. -inf is a ban."""
+    if not np.isfinite(logits.max(-1)).all():  # max carries NaN and +inf on
+        bad = int((~np.isfinite(logits)).sum())
+        raise NumberError(
+            f"{stage}: {bad} of {logits.size} logits are NaN or infinite, so no token can be chosen; `foveate bisect` names the step "
+            "where numbers break"
+        )
+    return logits
 
 
 def _check_geometry(sample: Sample, geometry: Mapping[str, Any]) -> None:

@@ -114,6 +114,11 @@ def test_questions_that_cannot_be_asked(capsys, artifact, picture, tmp_path):
     assert code == 2 and "no image placeholder" in line
     code, line = complaint(capsys, "run", artifact, "-p", "<image> what is this ?", "--raw", "-q")
     assert code == 2 and "image" in line
+    (tmp_path / "no.npy").write_text("no array")
+    code, line = complaint(capsys, "run", artifact, "-i", picture, "-p", "a", "--extra", f"text={tmp_path / 'no.npy'}", "-q")
+    assert code == 2 and "--extra text" in line and "cannot be read as a .npy array" in line
+    code, line = complaint(capsys, "run", artifact, "-i", picture, "-p", "a", "--extra", "text", "-q")
+    assert code == 2 and "write it as KEY=VALUE" in line
     code, line = complaint(capsys, "run", artifact, "-i", tmp_path / "none.png", "-p", "a", "-q")
     assert code == 2 and "no file" in line
     Image.new("I;16", (20, 20)).save(tmp_path / "deep.png")

@@ -8,7 +8,7 @@ import pytest
 from fakes import EOS, IMAGE, PER_IMAGE, Engine, Processor, manifest
 from PIL import Image
 
-from foveate.runtime.errors import RunError
+from foveate.runtime.errors import NumberError, RunError
 from foveate.runtime.session import Session
 
 
@@ -221,3 +221,83 @@ def test_a_picture_of_another_shape_with_as_many_patches():
     assert s.generate(red(10, (12, 8)), "<image> a", max_new_tokens=1).tokens
     with pytest.raises(RunError, match=r"a picture of size \(8, 12\) has image_sizes \[12, 8\], this artifact was captured for \[8, 12\]"):
         s.generate(red(10, (8, 12)), "<image> a", max_new_tokens=1)
+
+
+class Broken(Engine):
+    """Logits with `value` in them, from call `at` on (0 is the prefill)."""
+
+    def __init__(self, at, value):
+        super().__init__()
+        self.at, self.value, self.step = at, value, 0
+
+    def spoil(self, logits):
+        if self.step >= self.at:
+            logits[..., 3] = self.value
+        self.step += 1
+        return logits
+
+    def prefill(self, feeds, capacity):
+        out, cache = super().prefill(feeds, capacity)
+        return {**out, "logits": self.spoil(out["logits"])}, cache
+
+    def decode(self, cache, input_ids, position_ids):
+        return self.spoil(super().decode(cache, input_ids, position_ids))
+
+
+@pytest.mark.parametrize(("at", "stage"), [(0, "prefill"), (2, "decode step 2")])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_refused(at, stage, value):
+    with pytest.raises(NumberError, match=f"{stage}: 1 of 16 logits are NaN or infinite, so no token can be chosen; `foveate bisect`") as caught:
+        session(Broken(at, value)).generate(red(10), "<image> what ?", max_new_tokens=5)
+    assert caught.value.exit_code == 3
+
+
+def test_a_banned_token_is_no_broken_number():
+    assert session(Broken(0, -np.inf)).generate(red(10), "<image> what ?", max_new_tokens=5).text
+
+
+class Steered(Engine):
+    """A vision stage that takes a text vector and a saliency map and adds their sums to the features."""
+
+    def vision(self, feeds):
+        self.seen = {k: v for k, v in feeds.items() if k != "pixel_values"}
+        return super().vision({"pixel_values": feeds["pixel_values"] + feeds["text"].sum(1)[:, None, None]})
+
+
+def steered():
+    s = session(Steered(), vision_extra=["text", "saliency"])
+    s.manifest["components"]["vision"]["inputs"] += [
+        {"name": "text", "dtype": "float32", "shape": ["images", 2]},
+        {"name": "saliency", "dtype": "float32", "shape": ["images", PER_IMAGE]},
+    ]
+    return s
+
+
+def test_extra_inputs_reach_the_vision_stage():
+    s, saliency = steered(), np.arange(2 * PER_IMAGE).reshape(2, PER_IMAGE)
+    plain = session().generate([red(10), red(30)], "<image> what <image> ?", max_new_tokens=1).tokens[0]
+    made = s.generate([red(10), red(30)], "<image> what <image> ?", extra={"text": [1.0, 2.0], "saliency": saliency}, max_new_tokens=1)
+    assert s.engine.seen["text"].tolist() == [[1, 2], [1, 2]] and s.engine.seen["text"].dtype == np.float32  # one row for both pictures
+    assert s.engine.seen["saliency"].tolist() == saliency.tolist()
+    assert made.tokens[0].tolist() != plain.tolist()
+    s.generate([red(10), None], ["<image> what ?", "what ?"], extra={"text": np.ones((1, 2)), "saliency": saliency[0]}, max_new_tokens=1)
+    assert s.generate(None, "what ?", max_new_tokens=1).tokens, "text alone needs no extra input"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({}, r"needs extra=\{'text': array of shape \['images', 2\]\}, which no processor makes"),
+        ({"text": [1, 2]}, r"needs extra=\{'saliency'"),
+        ({"txt": [1, 2]}, r"no extra inputs \['txt'\]; it takes \['text', 'saliency'\]"),
+        ({"text": [1, 2, 3]}, r"extra\['text'\] is \[3\]; 1 picture\(s\) need \[1, 2\] or one row \[2\]"),
+        ({"text": np.ones((3, 2))}, r"extra\['text'\] is \[3, 2\]"),
+        ({"text": [1, np.nan]}, "must be finite numbers"),
+        ({"text": ["a", "b"]}, "must be finite numbers"),
+    ],
+)
+def test_extra_inputs_that_do_not_fit(extra, message):
+    with pytest.raises(RunError, match=message):
+        steered().generate(red(10), "<image> a", extra=extra, max_new_tokens=1)
+    with pytest.raises(RunError, match=r"no extra inputs \['text'\]; it takes none"):
+        session().generate(red(10), "<image> a", extra={"text": [1]}, max_new_tokens=1)
