@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from ..graph.kv_table import past_symbol
 from ..graph.program import Stage
 from . import onnx_math, onnx_shape  # noqa: F401  (fill the registry)
 from .errors import LowerError
@@ -160,8 +161,8 @@ def dim_names(stage: Stage) -> dict[str, str]:
         if name == "position_ids" and val.dim() == 3:
             known = (None, "B", "S")
         elif name.startswith(("past_k.", "past_v.")):
-            known = ("B", None, f"P{name.rsplit('.', 1)[1]}", None)
-        elif name == "lengths":
+            known = ("B", None, past_symbol(name), None)
+        elif name == "lengths" or name.startswith("lengths."):
             known = (None, "B")
         for label, size in zip(known, val.shape, strict=False):
             if label and not isinstance(size, int) and size.node.expr.is_Symbol:

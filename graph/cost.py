@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from .kv_format import FLOAT
 from .kv_table import symbols
 from .program import Program, Stage
 from .sites import layer_of
@@ -85,8 +86,15 @@ def cost(program: Program, stage: str = "prefill") -> Cost:
 
 
 def _kv_bytes(program: Program, stage: Stage, names: dict[Any, Any]) -> sympy.Expr:
-    values = [n.meta["val"] for name, n in stage.output_nodes.items() if re.match(r"[kv]\.\d+$", name)]
-    return _named(sympy.Add(*[_tensor_bytes(v) for v in values]), names)
+    """Of a batch, all overheads included: `KVFormat.bytes` over the rows that the prefill returns."""
+    outputs, element = stage.output_nodes, getattr(torch, program.facts.dtype).itemsize
+    total: Any = sympy.Integer(0)
+    for entry in program.kv:
+        form = entry.format or FLOAT
+        stored = {p.name: outputs[f"k.{entry.layer}{p.suffix()}"].meta["val"].shape for p in form.partitions}
+        rows = {name: _size(shape[2]) for name, shape in stored.items()}
+        total += _size(next(iter(stored.values()))[0]) * form.bytes(rows, entry.heads, entry.head_dim, entry.value_dim, element)
+    return _named(total, names)
 
 
 def _named(expr: Any, names: dict[Any, Any]) -> sympy.Expr:

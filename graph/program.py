@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from . import ops  # noqa: F401  (whoever holds a program needs the dialect registered)
 from .errors import GraphError
+from .kv_format import KVFormat
 
 STAGES = ("vision", "prefill", "decode")
 
@@ -59,7 +60,7 @@ class Stage:
             return known
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
-            node = self.graph.placeholder(name)
+            node = self.graph.placeholder(name.replace(".", "_"))
         node.meta |= {"name": name, "val": value}
         return node
 
@@ -79,14 +80,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class KVLayer:
-    """One cached attention layer. `length` is the number of rows after prefill, as an expression in the prefill's symbols (S, N)."""
+    """One cached attention layer. `length` is the number of rows after prefill, as an expression in the prefill's symbols (S, N); of a
+    format with several partitions, those of the one that decode appends to."""
 
     layer: int
     heads: int
     head_dim: int
     value_dim: int
     length: str = "S"
-    format: str = "float"
+    format: KVFormat | None = None  # None: as the model computes
     window: int = 0
     segment: int = 0  # layers of one segment hold the same tokens
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from ...graph.kv_format import BITS, KVFormat
 from ..errors import LowerError
-from ..sizes import evaluate
 from ._cache import check_prefix
+from ._kv_check import check_finite
 from .base import Arrays, Backend, Cache, Engine
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Eager(Backend):
 
         from ..fx_json import to_json
         from ..precision import to_precision
-        from ..to_onnx import dim_name, dim_names
+        from ..to_onnx import dim_names
 
         settings = self.settings(options)
         if limits := self.check(program, settings):
@@ -78,9 +79,6 @@ class Eager(Backend):
                 "attention": settings["attention"],
                 "inputs": [_describe(n.meta.get("name", n.name), n.meta["val"], names) for n in stage.graph.nodes if n.op == "placeholder"],
                 "outputs": [_describe(o, n.meta["val"], names) for o, n in stage.output_nodes.items()],
-                "rows": {str(e.layer): dim_name(stage.output_nodes[f"k.{e.layer}"].meta["val"].shape[2], names) for e in program.kv}
-                if name == "prefill"
-                else {},
             }
         return components
 
@@ -131,10 +129,12 @@ def _describe(name: str, val: torch.Tensor, names: Mapping[str, str]) -> dict[st
 
 
 class EagerCache(Cache):
-    """k and v[B, G, C, D] per layer on the device, zero where nothing was written."""
+    """past_*, conv.* by the decode stage's names, on the device, zero where nothing was written; sub-byte codes are packed."""
 
-    def __init__(self, layers: list[int], values: dict[str, torch.Tensor], lengths: np.ndarray, slot: torch.Tensor) -> None:
-        self.layers, self.values, self.lengths, self.slot = layers, values, lengths, slot
+    def __init__(self, layers: list[int], values: dict[str, torch.Tensor], lengths: dict[str, np.ndarray], slot: torch.Tensor) -> None:
+        self.layers, self.values, self.parts, self.slot = layers, values, lengths, slot
+        self.lengths = lengths["lengths"]
+        self.start = self.lengths.copy()  # rows of the prompt
 
     @property
     def nbytes(self) -> int:
@@ -159,6 +159,7 @@ class EagerEngine(Engine):
         replace = {torch.ops.foveate.attention.default: sdpa} if (attention or any_part["attention"]) == "sdpa" else {}
         tensors = load_file(str(artifact.file(WEIGHTS)), device=str(self.device))
         self.layers = [int(entry["layer"]) for entry in artifact.manifest["kv"]]
+        self.packed = _packed(artifact.manifest["kv"])
         self.modules: dict[str, Any] = {}
         self.names: dict[str, tuple[list[str], list[str]]] = {}
         for stage, part in self.parts.items():
@@ -181,46 +182,80 @@ class EagerEngine(Engine):
     def prefill(self, feeds: Arrays, capacity: int) -> tuple[Arrays, EagerCache]:
         check_prefix(feeds["attention_mask"])
         out = self.run("prefill", feeds)
-        B, S = feeds["input_ids"].shape
-        symbols = {"B": B, "S": S, "N": feeds["image_features"].shape[1]}
-        values = {}
-        for layer in self.layers:
-            rows = evaluate(self.parts["prefill"]["rows"][str(layer)], symbols) + max(capacity - S, 1)
-            for name in (f"k.{layer}", f"v.{layer}"):
-                values[f"past_{name}"] = _padded(out[name], 2, rows)
-            if f"kv_pos.{layer}" in out:
-                values[f"past_pos.{layer}"] = _padded(out[f"kv_pos.{layer}"], 1, rows)
-        values |= {n: t for n, t in out.items() if n.startswith("conv.")}
+        spare = max(capacity - feeds["input_ids"].shape[1], 1)
+        inputs, outputs = self.names["decode"]
+        values, lengths = {}, {}
+        for name in inputs:
+            made = f"kv_{name}" if name.startswith("lengths") else name.removeprefix("past_")
+            made = f"kv_{made}" if made.startswith("pos.") else made
+            if made not in out:
+                continue
+            if name.startswith("lengths"):
+                lengths[name] = out[made].cpu().numpy().astype(np.int64)
+            elif name.startswith("conv."):
+                values[name] = out[made]
+            else:
+                check_finite(made, out[made])
+                values[name] = self._stored(name, out[made], spare if made in outputs or made.startswith("kv_pos.") else 0)
         slot = self.torch.as_tensor(feeds["attention_mask"]).sum(1, keepdim=True).to(self.device)
-        cache = EagerCache(self.layers, values, out["kv_lengths"].cpu().numpy().astype(np.int64), slot)
+        cache = EagerCache(self.layers, values, lengths or {"lengths": out["kv_lengths"].cpu().numpy().astype(np.int64)}, slot)
         return {n: _array(t) for n, t in out.items() if n.partition(".")[0] not in ("k", "v", "conv", "kv_pos")}, cache
+
+    def _stored(self, name: str, value: torch.Tensor, spare: int) -> torch.Tensor:
+        """What the cache holds of a past: packed, with `spare` empty rows behind."""
+        if name in self.packed:
+            value = self.torch.ops.foveate.pack_kv(value, self.packed[name])
+        axis = 1 if name.startswith("past_pos.") else 2
+        return _padded(value, axis, value.shape[axis] + spare) if spare else value
+
+    def _read(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if name not in self.packed:
+            return value
+        width = next(i["shape"][3] for i in self.parts["decode"]["inputs"] if i["name"] == name)
+        return self.torch.ops.foveate.unpack_kv(value, self.packed[name], width)
 
     def decode(self, cache: EagerCache, input_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:  # type: ignore[override]
         self._grow(cache)
-        feeds = {"input_ids": input_ids, "position_ids": position_ids, "lengths": cache.lengths, "slot": cache.slot, **cache.values}
+        past = {n: self._read(n, t) for n, t in cache.values.items()}
+        feeds = {"input_ids": input_ids, "position_ids": position_ids, "slot": cache.slot, **cache.parts, **past}
         out = self.run("decode", feeds)
         samples = self.torch.arange(cache.lengths.shape[1], device=self.device)
-        for row, layer in enumerate(cache.layers):
-            at = self.torch.from_numpy(cache.lengths[row]).to(self.device)
-            for which in "kv":
-                cache.values[f"past_{which}.{layer}"][samples, :, at] = out[f"{which}.{layer}"][:, :, 0]
+        at = {layer: self.torch.from_numpy(cache.lengths[row]).to(self.device) for row, layer in enumerate(cache.layers)}
+        for name, value in out.items():
+            which, _, rest = name.partition(".")
+            if which in ("k", "v"):
+                cache.values[f"past_{name}"][samples, :, at[int(rest.split(".")[0])]] = self._stored(f"past_{name}", value, 0)[:, :, 0]
+            elif which == "conv":
+                cache.values[name] = value
+        for layer in cache.layers:
             if f"past_pos.{layer}" in cache.values:
-                cache.values[f"past_pos.{layer}"][samples, at] = cache.slot[:, 0]
-        for name in [n for n in cache.values if n.startswith("conv.")]:
-            cache.values[name] = out[name]
-        cache.lengths, cache.slot = cache.lengths + 1, cache.slot + 1
+                cache.values[f"past_pos.{layer}"][samples, at[layer]] = cache.slot[:, 0]
+        cache.lengths += 1
+        cache.slot = cache.slot + 1
         return _array(out["logits"])
 
     def _grow(self, cache: EagerCache) -> None:
+        grown = [f"past_{n}" for n in self.names["decode"][1] if n.partition(".")[0] in ("k", "v")]
         for row, layer in enumerate(cache.layers):
             have = cache.values[f"past_k.{layer}"].shape[2]
             if int(cache.lengths[row].max(initial=0)) >= have:
-                for name, axis in ((f"past_k.{layer}", 2), (f"past_v.{layer}", 2), (f"past_pos.{layer}", 1)):
-                    if name in cache.values:
-                        cache.values[name] = _padded(cache.values[name], axis, 2 * have)
+                for name in (*grown, f"past_pos.{layer}"):
+                    if name in cache.values and int(name.split(".")[1]) == layer:
+                        cache.values[name] = _padded(cache.values[name], 1 if name.startswith("past_pos") else 2, 2 * have)
 
     def close(self) -> None:
         self.modules.clear()
+
+
+def _packed(table: list[dict[str, Any]]) -> dict[str, int]:
+    """name of a past -> bits, of those that hold several codes to a byte"""
+    found = {}
+    for entry in table:
+        form = KVFormat.read(entry.get("format"))
+        for part in form.partitions if form else ():
+            if 0 < BITS[part.code] < 8:
+                found |= {f"past_{which}.{entry['layer']}{part.suffix()}": BITS[part.code] for which in "kv"}
+    return found
 
 
 def _padded(value: torch.Tensor, axis: int, rows: int) -> torch.Tensor:

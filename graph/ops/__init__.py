@@ -18,7 +18,10 @@
     kv_mask             which rows of past + new are valid
     last_token          the last valid row
     splice_image_features   image features into the places that wait for them
-    quantize_kv, dequantize_kv   codes and scales
+    kv_held             which rows of a partition that is only read are valid
+    kv_scale            scales and centres of keys or values
+    quantize_kv, dequantize_kv   keys or values as codes, and back
+    pack_kv, unpack_kv  codes of less than a byte
 
 Add an op: a file with a decorated body; `graph/ops/_define.py` explains the rule.
 """

@@ -1,11 +1,13 @@
-"""Codes and scales back to keys or values."""
+"""Codes, scales and centres back to keys or values."""
 
 from torch import Tensor
 
 from ._define import op
+from .quantize_kv import spread
 
 
 @op
-def dequantize_kv(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes int8[B, G, T, D], scale broadcastable  ->  x[B, G, T, D] = codes scale, in the scale's type"""
-    return codes.to(scale.dtype) * scale
+def dequantize_kv(codes: Tensor, scale: Tensor, center: Tensor | None, block: int) -> Tensor:
+    """codes int8[B, G, T, D]  ->  x[B, G, T, D] = codes scale + center, in the scale's type; scale, center and block as in `quantize_kv`"""
+    x = codes.to(scale.dtype) * spread(scale, codes, block)
+    return x if center is None else x + spread(center, codes, block)

@@ -201,7 +201,9 @@ DIALECT = {
     "merge_insert_scatter": lambda x, i: (foveate.merge_tokens(x, x[..., :4].mT.softmax(-1)), foveate.insert_tokens(x, x[0, :2], i[:, 0])),
     "rows": lambda x, i: foveate.attention_rows(x[:, None], x[:, None], i > 0, i[:, :2], 0.5, True, 0.0),
     "varlen": lambda x, i: foveate.attention_varlen(x[:1, None], x[:1, None], x[:1, None], torch.tensor([0, 2, 5]), 0.5, 0),
-    "quantize": lambda x, i: foveate.dequantize_kv(*foveate.quantize_kv(x[:, None], 8, 3)),
+    "quantize": lambda x, i: foveate.dequantize_kv(
+        foveate.quantize_kv(x[:, None], x[:, None].abs().amax(3, keepdim=True) / 127, None, 8, 0), x[:, None].abs().amax(3, keepdim=True) / 127, None, 0
+    ),
 }
 
 

@@ -1,6 +1,5 @@
 """Every dialect op: its declaration holds, its body agrees with another route, and its gradient with finite differences."""
 
-import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -17,7 +16,9 @@ def _examples():
     mask[:, 0] = True
     x, keep = torch.randn(2, 6, 3), torch.tensor([[1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 0, 0]]).bool()
     index = torch.tensor([[0, 2, 5], [1, 3, 4]])
-    codes, scale = F.quantize_kv(k, 8, 3)
+    held = torch.ones(2, 7, dtype=torch.bool)
+    scale, center = F.kv_scale(k, held, 8, "token", True, 1.0)
+    codes = F.quantize_kv(k, scale, center, 8, 0)
     return {
         "attention": (q, k, v, mask, None, None, 0.3, True, 0, 0.0, 0),
         "attention_varlen": (q, q, q, torch.tensor([0, 2, 5]), 0.3, 0),
@@ -34,8 +35,12 @@ def _examples():
         "kv_mask": (k, torch.tensor([[3, 7]]), 0),
         "last_token": (x, keep),
         "splice_image_features": (x, torch.randn(2, 4, 3), keep),
-        "quantize_kv": (k, 8, 3),
-        "dequantize_kv": (codes, scale),
+        "kv_held": (k, torch.tensor([[3, 7]]), 0),
+        "kv_scale": (k, held, 4, "block:3", True, 1.0),
+        "quantize_kv": (k, scale, center, 8, 0),
+        "dequantize_kv": (codes, scale, center, 0),
+        "pack_kv": (codes, 2),
+        "unpack_kv": (codes, 2, 31),
     }
 
 
@@ -124,15 +129,34 @@ def test_last_token_of_left_and_right_padding():
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
-@pytest.mark.parametrize("axis", [2, 3])
-def test_quantization_error_is_at_most_half_a_step(bits, axis):
+@pytest.mark.parametrize("per", ["channel", "token", "group:2", "block:3"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_quantization_error_is_at_most_half_a_step(bits, per, centred):
     x = EXAMPLES["quantize_kv"][0]
-    codes, scale = F.quantize_kv(x, bits, axis)
-    assert int(codes.abs().max()) <= 2 ** (bits - 1) - 1
-    error = (F.dequantize_kv(codes, scale) - x).abs()
-    assert bool((error <= scale / 2 + 1e-6).all())
-    want = np.rint(x.numpy() / scale.numpy()).clip(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
-    np.testing.assert_array_equal(codes.numpy(), want)
+    held = torch.tensor([[True] * 7, [True] * 5 + [False] * 2])
+    block = 3 if per.startswith("block") else 0
+    scale, center = F.kv_scale(x, held, bits, per, centred, 1.0)
+    codes = F.quantize_kv(x, scale, center, bits, block)
+    step = scale.repeat_interleave(3, 2)[:, :, :7] if block else scale.repeat_interleave(2, 3) if "group" in per else scale.expand(x.shape)
+    error = (F.dequantize_kv(codes, scale, center, block) - x).abs()[held[:, None, :].expand(2, 2, 7)]
+    assert bool((error <= step[held[:, None, :].expand(2, 2, 7)] / 2 + 1e-6).all())
+    top = 2 ** (bits - 1)
+    assert int(codes.max()) <= top - 1 and int(codes.min()) >= -top
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("width", [8, 7, 1])
+def test_packed_codes_come_back(bits, width):
+    low = -(2 ** (bits - 1))
+    codes = torch.randint(low, -low, (2, 3, width), dtype=torch.int8) if bits > 1 else torch.randint(0, 2, (2, 3, width), dtype=torch.int8) * 2 - 1
+    packed = F.pack_kv(codes, bits)
+    assert packed.shape[-1] == -(-width * bits // 8)
+    torch.testing.assert_close(F.unpack_kv(packed, bits, width), codes)
+
+
+def test_four_bits_are_packed_as_group_query_attention_reads_them():
+    codes = torch.tensor([-8, 7, 0, 3], dtype=torch.int8)
+    assert (F.pack_kv(codes, 4).int() + 128).tolist() == [(-8 + 8) | (7 + 8) << 4, (0 + 8) | (3 + 8) << 4]
 
 
 def test_attention_columns_add_up_the_rows_of_eager_attention():

@@ -1,0 +1,105 @@
+"""How a layer keeps its keys and values: a list of partitions, and what they weigh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import GraphError
+
+BITS = {"float": 0, "int8": 8, "int4": 4, "int2": 2, "fp8": 8, "sign": 1, "fsq4": 4}  # of one stored element; float: as the model computes
+APPENDED = ""  # the name of the partition that decode writes its rows to
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Rows of one layer that are stored alike.
+
+    name: "" for the partition that decode appends to (names `k.l`, `past_k.l`), else the suffix of its names (`k.l.lo`, `past_k.l.lo`).
+    code: one of BITS. k_per, v_per: what shares one scale: "channel" [B, G, 1, D]; "token" [B, G, T, 1]; "group:n" [B, G, T, D / n], n
+    channels of one token; "block:n" [B, G, ceil(T / n), D], n tokens of one channel. centred: a centre beside every scale.
+    rows: how many the prefill returns, in its symbols.
+    """
+
+    name: str = APPENDED
+    code: str = "int8"
+    k_per: str = "channel"
+    v_per: str = "channel"
+    centred: bool = False
+    rows: str = "S"
+
+    def __post_init__(self) -> None:
+        if self.code not in BITS:
+            raise GraphError(f"kv: no code {self.code!r}; codes are {', '.join(BITS)}")
+        for per in (self.k_per, self.v_per):
+            kind, _, size = per.partition(":")
+            if not (per in ("channel", "token") or (kind in ("group", "block") and size.isdigit() and int(size) > 0)):
+                raise GraphError(f"kv: no granularity {per!r}; possible are channel, token, group:<channels>, block:<tokens>")
+
+    def per(self, which: str) -> str:
+        return self.k_per if which == "k" else self.v_per
+
+    def block(self, which: str) -> int:
+        """Tokens that share a scale, where that is neither one nor all: the `block` of the quantize_kv ops."""
+        kind, _, size = self.per(which).partition(":")
+        return int(size) if kind == "block" else 0
+
+    def suffix(self) -> str:
+        return f".{self.name}" if self.name else ""
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """What is stored beside the codes: names of the tensors that follow `k.l<suffix>.`"""
+        return () if self.code == "float" else ("scale", "center") if self.centred else ("scale",)
+
+    def scales(self, which: str, rows: Any, width: int) -> Any:
+        """How many scales `rows` tokens of `width` channels of one head have."""
+        kind, _, size = self.per(which).partition(":")
+        return {"channel": width, "token": rows, "group": rows * -(-width // int(size or 1)), "block": -(-rows // int(size or 1)) * width}[kind]
+
+    def bytes(self, rows: Any, heads: int, head_dim: int, value_dim: int, element: int) -> Any:
+        """Of `rows` tokens (a number or an expression) of one sample: codes packed to whole bytes per row, scales, centres."""
+        total: Any = 0
+        for which, width in (("k", head_dim), ("v", value_dim)):
+            row = width * element if self.code == "float" else -(-width * BITS[self.code] // 8)
+            total = total + heads * (rows * row + len(self.states) * self.scales(which, rows, width) * element)
+        return total
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """The partitions of one layer: the one that decode appends to first. Attention reads them all; their order does not matter.
+
+    residual: > 0 where a flush moves rows from the appended partition to the other, `residual` at a time.
+    """
+
+    partitions: tuple[Partition, ...]
+    residual: int = 0
+
+    def __post_init__(self) -> None:
+        names = [p.name for p in self.partitions]
+        if not names or names[0] != APPENDED or len(set(names)) != len(names):
+            raise GraphError(f"kv: a format has one partition named '' first and others by distinct names, not {names}")
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any] | KVFormat | None) -> KVFormat | None:
+        """Back from the manifest's JSON; None is plain float."""
+        if stored is None or isinstance(stored, KVFormat):
+            return stored
+        if not isinstance(stored, Mapping) or {"partitions", "residual"} - set(stored):
+            raise GraphError(f"kv: {stored!r} is no format; a format is an object with 'partitions' and 'residual'")
+        known = {f.name for f in fields(Partition)}
+        if unknown := sorted({k for p in stored["partitions"] for k in p} - known):
+            raise GraphError(f"kv: a partition has no {unknown}; it has {sorted(known)}")
+        return cls(tuple(Partition(**p) for p in stored["partitions"]), int(stored["residual"]))
+
+    def bytes(self, rows: Mapping[str, Any], heads: int, head_dim: int, value_dim: int, element: int) -> Any:
+        """Of one sample. rows: partition name -> rows held (numbers or expressions); element: bytes of a float of the model.
+
+        The one place where bytes of a cache are counted: `cost`, reports and the engines' `nbytes` agree with it.
+        """
+        return sum((p.bytes(rows[p.name], heads, head_dim, value_dim, element) for p in self.partitions), 0)
+
+
+FLOAT = KVFormat((Partition(code="float"),))
