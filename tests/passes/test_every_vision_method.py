@@ -193,7 +193,7 @@ def test_no_method_needs_a_layer_s_whole_attention(method):
 
 
 def test_names_and_papers(name):
-    assert PASSES[name].paper.startswith("arXiv:")
+    assert PASSES[name].paper.startswith("arXiv:") or name in ("prune-random", "prune-uniform"), "only controls have no paper"
     assert PASSES[name].__module__.rsplit(".", 1)[-1].replace("_", "-") == name
 
 
