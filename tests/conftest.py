@@ -1,10 +1,15 @@
 """Fixtures that every folder uses, and `--update-golden`."""
 
+import os
 from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, which tests of the kernels and torch.export both do
 
 import helpers
 import pytest
-import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
