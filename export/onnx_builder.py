@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,37 @@ class Builder:
             self._memo[key] = made
         made = self._memo[key]
         return made[0] if outputs == 1 else list(made)
+
+    def loop(self, trips: int, states: list[tuple[str, torch.dtype]], scans: list[torch.dtype], body: Callable[..., Any]) -> list[str]:
+        """A Loop of `trips` rounds: final states, then the scanned values stacked along a new first axis.
+
+        body(round, *states) -> (states, scanned values), written with this builder; it may read any value made before.
+        """
+        outer, memo = self.nodes, self._memo
+        self.nodes, self._memo = [], dict(memo)
+        given = [self.fresh("state") for _ in range(len(states) + 2)]
+        after, scanned = body(given[0], *given[2:])
+        ends = [self.fresh("next") for _ in range(1 + len(after) + len(scanned))]
+        for value, end in zip([given[1], *after, *scanned], ends, strict=True):  # an output of a body is a value of its own
+            self.nodes.append(helper.make_node("Identity", [value], [end], name=f"{self.path}{end}"))
+        inside, self.nodes, self._memo = self.nodes, outer, memo
+        kinds = [dtype for _, dtype in states]
+        inputs = zip(given, [torch.int64, torch.bool, *kinds], strict=True)
+        outputs = zip(ends, [torch.bool, *kinds, *scans], strict=True)
+        graph = helper.make_graph(
+            inside,
+            self.fresh("body"),
+            [helper.make_tensor_value_info(name, onnx_type(kind), [] if i < 2 else None) for i, (name, kind) in enumerate(inputs)],
+            [helper.make_tensor_value_info(name, onnx_type(kind), None if i else []) for i, (name, kind) in enumerate(outputs)],
+        )
+        made = [self.fresh("loop") for _ in ends[1:]]
+        operands = [self.const(trips, torch.int64), self.const(True, torch.bool), *[name for name, _ in states]]
+        self.nodes.append(helper.make_node("Loop", operands, made, name=f"{self.path}Loop_{self._count}", body=graph))
+        return made
+
+    def scalar(self, value: Any) -> TensorProto:
+        """An attribute of one element: what ConstantOfShape fills with."""
+        return helper.make_tensor("value", onnx_type(torch.tensor(value).dtype), [1], [value])
 
     def fresh(self, kind: str) -> str:
         self._count += 1
@@ -193,7 +224,7 @@ class Builder:
         for node in reversed(self.nodes):
             if needed.intersection(node.output):
                 kept.append(node)
-                needed.update(node.input)
+                needed.update(reads(node))
         self.nodes = kept[::-1]
         self.initializers = {k: v for k, v in self.initializers.items() if k in needed}
 
@@ -208,5 +239,20 @@ def onnx_type(dtype: torch.dtype) -> int:
         raise LowerError(f"to_onnx: {dtype} has no ONNX type; known are {[str(d).removeprefix('torch.') for d in DTYPES]}") from None
 
 
+def nodes_within(node: NodeProto) -> Iterator[NodeProto]:
+    """The node, and those of its bodies."""
+    yield node
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from nodes_within(inner)
+
+
+def reads(node: NodeProto) -> set[str]:
+    """Every name that the node or its bodies read; names that a body makes itself do no harm, they are unique."""
+    return {name for inner in nodes_within(node) for name in inner.input}
+
+
 def _hashable(value: Any) -> Any:
+    if isinstance(value, TensorProto):
+        return value.SerializeToString()
     return tuple(value) if isinstance(value, list) else value

@@ -7,6 +7,8 @@
     (not causal)
     silu, x sigmoid(1.702 x)        QuickGelu
     linear with bias                Gemm on a flat view
+    attention_rows of a few rows    one product of the keys as they are, [B, T, G D], with the rows laid out block by block: nothing is
+                                    split into heads or turned
 
 `Contrib(stage)` finds the patterns; `emitters` says which FX node is written by what. Nodes inside a pattern are still translated, and
 dropped when
@@ -27,11 +29,13 @@ from ..graph.program import Stage
 from .onnx_builder import Builder, Emitter
 from .onnx_dialect import Operands
 from .onnx_registry import dtype, rank
+from .onnx_select import masked_softmax, places
 from .onnx_shape import reshape_to, same
 
 aten, foveate = torch.ops.aten, torch.ops.foveate
 MS = "com.microsoft"
 F32 = torch.float32
+FEW = 4  # rows of attention that are scored against the keys of all heads at once
 CASTS = (aten.to.dtype, aten.to.device, aten._to_copy.default, aten.type_as.default, aten.contiguous.default, aten.clone.default)
 
 
@@ -57,7 +61,7 @@ def pair(node: Node, target: Any, first: Callable[[Any], bool]) -> tuple[Any, An
 class Contrib:
     """The patterns of one stage.
 
-    in_place: layers whose keys and values GroupQueryAttention writes into the cache; filled while the graph is written.
+    in_place: outputs k.<l>, v.<l> that are the cache itself, written by GroupQueryAttention; filled while the graph is written.
     """
 
     def __init__(self, stage: Stage, decode: bool, segments: list[int] | None = None) -> None:
@@ -66,7 +70,7 @@ class Contrib:
         self.rows = [segments.index(s) for s in segments] if segments else []
         self.outputs = {node: name for name, node in stage.output_nodes.items()}
         self.emitters: dict[Node, Emitter] = {}
-        self.in_place: list[int] = []
+        self.in_place: list[str] = []
         self.flat: dict[Node, str] = {}  # [B, H, S, D] node -> its value as [B, S, H D]
         self.context: dict[Node, str] = {}  # attention node -> its value as [B, S, H D]
         self.normed: dict[Node, str] = {}  # norm written together with the residual before it
@@ -76,7 +80,7 @@ class Contrib:
                 self._recognise(node)
 
     def _recognise(self, node: Node) -> None:
-        for find in (self._rms_norm, self._layer_norm, self._rope, self._attention, self._gelu, self._flat_view, self._linear):
+        for find in (self._rms_norm, self._layer_norm, self._rope, self._attention, self._rows, self._gelu, self._flat_view, self._linear):
             emitter = find(node)
             if emitter is not None:
                 self.emitters[node] = emitter
@@ -306,13 +310,41 @@ class Contrib:
         if past[0] is not None:
             dims = ["B", a.groups, f"{'P' if self.decode else 'C'}{a.layer}", a.width]
             b.replaced[f"k.{a.layer}"], b.replaced[f"v.{a.layer}"] = (keys, dims), (values, dims)
-            self.in_place.append(a.layer)
+            self.in_place += [f"k.{a.layer}", f"v.{a.layer}"]
         return self._put(b, n, y, a)
 
     def _free_attention(self, b: Builder, n: Node, *operands: Any) -> str:
         a = Operands(*operands)
         flat = [self.flatten(b, x) for x in (a.q, a.k, a.v)]
         return self._put(b, n, b.op("MultiHeadAttention", *flat, domain=MS, num_heads=a.heads, scale=a.scale), a)
+
+    def _rows(self, node: Node) -> Emitter | None:
+        """A few rows: G times the arithmetic of a product per head, and one pass over the keys."""
+        if not call(node, foveate.attention_rows.default):
+            return None
+        q, k, _, rows = node.args[0].meta["val"], node.args[1].meta["val"], node.args[2], node.args[3].meta["val"]
+        few = isinstance(rows.shape[1], int) and rows.shape[1] <= FEW
+        return self._flat_rows if few and q.dtype == k.dtype == F32 else None
+
+    def _flat_rows(
+        self, b: Builder, n: Node, q: Node, k: Node, mask: Node | None, rows: Node, scale: float, causal: bool, softcap: float
+    ) -> str:
+        heads, groups, width = (int(s) for s in (q.meta["val"].shape[1], k.meta["val"].shape[1], q.meta["val"].shape[3]))
+        count = int(rows.meta["val"].shape[1])
+        picked = b.op("GatherND", self.flatten(b, q), b.op("Unsqueeze", b(rows), b.ints(-1)), batch_dims=1)  # [B, R, H D]
+        if groups > 1:
+            block = torch.zeros(heads, groups, 1)  # head h reads keys of group h G / H
+            block[torch.arange(heads), torch.arange(heads) * groups // heads] = 1
+            picked = b.op("Mul", b.op("Reshape", picked, b.ints(0, count * heads, 1, width)), b.const(block.repeat(count, 1, 1)))
+        picked = b.op("Reshape", picked, b.ints(0, count * heads, groups * width))
+        product = b.op("FusedMatMul", self.flatten(b, k), picked, domain=MS, transB=1, alpha=scale)  # [B, T, R H]
+        turned = b.op("Transpose", product, perm=[0, 2, 1])
+        if count == 1:
+            logits = b.op("Unsqueeze", turned, b.ints(2))
+        else:
+            logits = b.op("Transpose", b.op("Reshape", turned, b.ints(0, count, heads, -1)), perm=[0, 2, 1, 3])
+        slots = places(b, self.flatten(b, k), k.meta["val"].transpose(1, 2), 1)
+        return masked_softmax(b, logits, slots, mask, rows, causal, softcap)
 
     def _put(self, b: Builder, n: Node, y: str, a: Operands) -> str:
         self.context[n] = y

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from .onnx_builder import END, Builder, Emitter
 from .onnx_registry import dtype
+from .onnx_select import SELECT
 from .onnx_shape import same
 
 foveate = torch.ops.foveate
@@ -205,6 +206,7 @@ def attention_varlen(b: Builder, n: Node, q: Node, k: Node, v: Node, cu_seqlens:
 
 
 PORTABLE: dict[Any, Emitter] = {
+    **SELECT,
     foveate.keep_tokens.default: keep_tokens,
     foveate.last_token.default: last_token,
     foveate.splice_image_features.default: splice_image_features,

@@ -19,7 +19,7 @@ from ..graph.program import Stage
 from . import onnx_math, onnx_shape  # noqa: F401  (fill the registry)
 from .errors import LowerError
 from .expand import expand
-from .onnx_builder import Builder, Emitter, onnx_type
+from .onnx_builder import Builder, Emitter, nodes_within, onnx_type
 from .onnx_dialect import PORTABLE
 from .onnx_registry import EMITTERS, arguments
 from .onnx_weights import WeightFile
@@ -142,8 +142,8 @@ def _name_outputs(b: Builder, stage: Stage, inputs: Collection[str]) -> list[Nod
         else:
             b.nodes.append(helper.make_node("Identity", [value], [final], name=f"{name}/Identity"))
         nodes.append(node)
-    for n in b.nodes:
-        for field in (n.input, n.output):
+    for inner in [inner for node in b.nodes for inner in nodes_within(node)]:
+        for field in (inner.input, inner.output):
             for i, value in enumerate(field):
                 if value in renamed:
                     field[i] = renamed[value]

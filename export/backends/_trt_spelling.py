@@ -39,11 +39,13 @@ from ...graph.ops.top_tokens import top_tokens as TOP
 from ...graph.program import Program, Stage
 from ...graph.retype import reroute, retype
 from ...graph.splice import splice
+from ..onnx_select import SELECT
 
 aten = torch.ops.aten
 SEEN, UNSEEN = 0.0, -30000.0  # an additive mask in float16: below any logit, and the sum with one stays finite
 HIDDEN = -1e30  # in float32, as the dialect's own attention
 FUSED_WIDTHS = range(16, 257, 8)
+BODIES: dict[Any, None] = dict.fromkeys(SELECT)  # what chooses tokens is expanded to its body: the lean spellings are for a dispatcher of nodes
 
 
 def respell(program: Program, batch_one: bool) -> None:

@@ -114,12 +114,13 @@ class _TensorRT(Backend):
         from ..to_onnx import to_onnx
         from ._trt_build import Request
         from ._trt_options import axis_ranges
+        from ._trt_spelling import BODIES
 
         axes = axis_ranges(program, options)
         for name, stage in narrow.stages.items():
             path = folder / f"{name}.onnx"
             with WeightFile(folder / WEIGHTS) as weights:
-                onnx.save_model(to_onnx(stage, name, weights), str(path))
+                onnx.save_model(to_onnx(stage, name, weights, emitters=BODIES), str(path))
             yield Request(name, path, profile_shapes(stage, axes), _attention_layers(program[name]))
             path.unlink()
             (folder / WEIGHTS).unlink()

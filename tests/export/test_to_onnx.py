@@ -199,6 +199,20 @@ DIALECT = {
     "splice": lambda x, i: foveate.splice_image_features(x, x[:, :2] * 5, i > 2),
     "compact_and_top": lambda x, i: foveate.compact_tokens(foveate.top_tokens(x[..., 0], 3, None), 3),
     "merge_insert_scatter": lambda x, i: (foveate.merge_tokens(x, x[..., :4].mT.softmax(-1)), foveate.insert_tokens(x, x[0, :2], i[:, 0])),
+    "compact_more_than_there_is": lambda x, i: foveate.compact_tokens(i > 2, 9),
+    "top_of_a_budget": lambda x, i: foveate.top_tokens(x[..., 0], 7, i[:, 0]),
+    "top_of_nan": lambda x, i: foveate.top_tokens(torch.where(i > 2, float("nan"), x[..., 0]), 4, None),
+    "top_of_ties": lambda x, i: foveate.top_tokens(i.float().clamp(max=2), 4, None),
+    "rows_of_groups": lambda x, i: foveate.attention_rows(
+        x[:, None].repeat(1, 4, 1, 1), torch.stack([x, -x], 1), None, i[:, :1], 0.5, True, 3.0
+    ),
+    "rows_of_masks": lambda x, i: (
+        foveate.attention_rows(x[:, None], x[:, None], (i[:, None, :, None] + i[:, None, None]) > 1, i[:, :2], 0.5, True, 0.0),
+        foveate.attention_rows(x[:, None], x[:, None], (x[:1] @ x[:1].mT)[:, None], i, 0.5, False, 0.0),
+    ),
+    "farthest": lambda x, i: (foveate.farthest_tokens(x, 4, False), foveate.farthest_tokens(x, 1, False)),
+    "farthest_of_twins": lambda x, i: foveate.farthest_tokens(x[:, i[0] // 2], 5, True),
+    "dpp": lambda x, i: (foveate.dpp_tokens(x @ x.mT, 4, 1e-6), foveate.dpp_tokens(x @ x.mT, 4, 0.0)),
     "rows": lambda x, i: foveate.attention_rows(x[:, None], x[:, None], i > 0, i[:, :2], 0.5, True, 0.0),
     "varlen": lambda x, i: foveate.attention_varlen(x[:1, None], x[:1, None], x[:1, None], torch.tensor([0, 2, 5]), 0.5, 0),
     "quantize": lambda x, i: foveate.dequantize_kv(
