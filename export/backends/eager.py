@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -165,6 +166,28 @@ class EagerEngine(Engine):
         for stage, part in self.parts.items():
             module, inputs, outputs = from_json(json.loads(artifact.file(part["file"]).read_text()), tensors, self.device, replace)
             self.modules[stage], self.names[stage] = module, (inputs, outputs)
+
+    @classmethod
+    def of(cls, program: Program) -> EagerEngine:
+        """The stages of a program where they are, over its own parameters, nothing written: what bisection and golden files run."""
+        import torch
+
+        from ..to_onnx import dim_names
+
+        engine = cls.__new__(cls)
+        engine.torch, engine.parts = torch, {}
+        for name, stage in program.stages.items():
+            names = dim_names(stage)
+            sides = {"inputs": [(n.meta.get("name", n.name), n) for n in stage.graph.nodes if n.op == "placeholder"], "outputs": stage.output_nodes.items()}
+            engine.parts[name] = {side: [_describe(n, node.meta["val"], names) for n, node in nodes] for side, nodes in sides.items()}
+        engine.device = next((t.device for _, t in program.parameters()), torch.device("cpu"))
+        if engine.device.type == "meta":
+            raise LowerError("eager: the weights have no data (device meta); load the model's weights first")
+        engine.layers = [entry.layer for entry in program.kv]
+        engine.packed = _packed([asdict(entry) for entry in program.kv])
+        engine.modules = {name: stage.module for name, stage in program.stages.items()}
+        engine.names = {name: (stage.inputs, stage.outputs) for name, stage in program.stages.items()}
+        return engine
 
     def run(self, stage: str, feeds: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """One stage on tensors or arrays, everything by name."""
