@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,29 @@ from .base import Arrays, Cache
 
 
 class HostCache(Cache):
-    """One batch: k and v[B, G, C, D] per cached layer with spare rows, states of short convolutions, slots of windowed layers.
+    """One batch, by the names of the decode stage's inputs: rows (past_k.<l>[B, G, C, D] and the like) with spare ones behind, what is stored
+    beside them (past_k.<l>.scale), partitions that are only read (past_k.<l>.lo), states of short convolutions, slots of windowed layers.
 
     Rows beyond a sample's length are zero or stale, never read. `grow` makes new, larger buffers.
     """
 
-    def __init__(self, layers: list[int]) -> None:
+    def __init__(self, layers: list[int], appended: Collection[str] = ()) -> None:
+        """appended: names of the buffers that get a row per step."""
         self.layers = layers
-        self.buffers: Arrays = {}  # past_k.<l>, past_v.<l>, past_pos.<l>, conv.<l>
-        self.lengths = np.zeros((len(layers), 0), np.int64)
+        self.appended = frozenset(appended)
+        self.buffers: Arrays = {}
+        self.parts: Arrays = {"lengths": np.zeros((len(layers), 0), np.int64)}  # and lengths.<partition>: rows that are valid
         self.slot = np.zeros((0, 1), np.int64)  # of the next token
         self.bound: Any = None  # what an engine keeps for these very buffers
+
+    @property
+    def lengths(self) -> np.ndarray:  # type: ignore[override]
+        """[cached layers, B] of the rows that decode appends to."""
+        return self.parts["lengths"]
+
+    @lengths.setter
+    def lengths(self, value: np.ndarray) -> None:
+        self.parts["lengths"] = value
 
     @property
     def nbytes(self) -> int:
@@ -34,6 +47,10 @@ class HostCache(Cache):
     def rows(self, layer: int) -> int:
         return self.buffers[f"past_k.{layer}"].shape[2]
 
+    def of(self, layer: int) -> list[str]:
+        """The layer's buffers that get a row per step."""
+        return [n for n in self.buffers if n in self.appended and int(n.split(".")[1]) == layer]
+
     def grow(self) -> bool:
         """Make room for one more row in every layer; True if buffers were replaced (all rows double)."""
         replaced = False
@@ -42,29 +59,32 @@ class HostCache(Cache):
             if int(self.lengths[row].max(initial=0)) < have:
                 continue
             replaced = True
-            for name in (f"past_k.{layer}", f"past_v.{layer}", f"past_pos.{layer}"):
-                if name in self.buffers:
-                    old = self.buffers[name]
-                    axis = 1 if name.startswith("past_pos") else 2
-                    shape = [*old.shape]
-                    shape[axis] = 2 * have
-                    self.buffers[name] = np.zeros(shape, old.dtype)
-                    self.buffers[name][(slice(None),) * axis + (slice(0, have),)] = old
+            for name in self.of(layer):
+                old = self.buffers[name]
+                axis = _tokens(name)
+                shape = [*old.shape]
+                shape[axis] = 2 * have
+                self.buffers[name] = np.zeros(shape, old.dtype)
+                self.buffers[name][(slice(None),) * axis + (slice(0, have),)] = old
         return replaced
 
     def write(self, layer: int, outputs: Arrays) -> None:
-        """Put the new rows k.<l>, v.<l>[B, G, 1, D] (where they are given) behind the valid ones."""
-        row = self.layers.index(layer)
-        samples = np.arange(self.batch)
-        for which in "kv":
-            if f"{which}.{layer}" in outputs:
-                self.buffers[f"past_{which}.{layer}"][samples, :, self.lengths[row]] = outputs[f"{which}.{layer}"][:, :, 0]
-        if f"past_pos.{layer}" in self.buffers:
-            self.buffers[f"past_pos.{layer}"][samples, self.lengths[row]] = self.slot[:, 0]
+        """Put the new rows k.<l>[B, G, 1, D] and the like (where they are given) behind the valid ones."""
+        at, samples = self.lengths[self.layers.index(layer)], np.arange(self.batch)
+        for name in self.of(layer):
+            if name.startswith("past_pos."):
+                self.buffers[name][samples, at] = self.slot[:, 0]
+            elif (made := name.removeprefix("past_")) in outputs:
+                self.buffers[name][samples, :, at] = outputs[made][:, :, 0]
 
     def advance(self) -> None:
         self.lengths += 1
         self.slot += 1
+
+
+def _tokens(name: str) -> int:
+    """The axis of the rows."""
+    return 1 if name.startswith("past_pos.") else 2
 
 
 def check_prefix(mask: np.ndarray) -> None:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from ...graph.kv_format import FLOAT, KVFormat
 from ..errors import LowerError
 from ..sizes import evaluate
 from ._cache import HostCache, check_prefix
+from ._kv_check import check_finite
 from .base import Arrays, Backend, Engine
 
 if TYPE_CHECKING:
@@ -70,31 +72,33 @@ class Ort(Backend):
 
 def _lower_stage(program: Program, name: str, folder: Path, weights: Any, settings: dict[str, Any]) -> dict[str, Any]:
     from ..expand import expand
-    from ..onnx_contrib import Contrib
     from ..onnx_dialect import PORTABLE
+    from ..onnx_kv import KV_OPS, KVContrib, pack_codes
     from ..onnx_registry import EMITTERS
     from ..to_onnx import dim_name, dim_names, save, to_onnx
 
-    stage = expand(program[name], {**EMITTERS, **PORTABLE})
-    contrib = Contrib(stage, decode=name == "decode", segments=[entry.segment for entry in program.kv])
-    model = to_onnx(stage, name, weights, at=contrib.emitters if settings["fuse"] else None)
+    stage = expand(pack_codes(program[name], program.kv), {**EMITTERS, **PORTABLE, **KV_OPS}).clone()
+    contrib = KVContrib(stage, decode=name == "decode", kv=program.kv)
+    model = to_onnx(stage, name, weights, KV_OPS, at=contrib.emitters if settings["fuse"] else None)
     file = f"components/{name}.onnx"
     save(model, folder / file)
-    names = dim_names(stage)
-    rows = (
-        {str(e.layer): dim_name(stage.output_nodes[f"k.{e.layer}"].meta["val"].shape[2], names) for e in program.kv}
-        if name == "prefill"
-        else {}
-    )
-    return {
+    made = {
         "file": file,
         "weights": f"components/{WEIGHTS}",
         "inputs": _describe(model.graph.input),
         "outputs": _describe(model.graph.output),
-        "in_place": sorted(contrib.in_place),
-        "rows": rows,
+        "in_place": contrib.in_place,
         "threads": settings["threads"],
     }
+    if name == "prefill":
+        names = dim_names(stage)
+        made["padded"] = contrib.padded if settings["fuse"] else []
+        made["rows"] = {
+            o: dim_name(n.meta["val"].shape[2], names) for o, n in stage.output_nodes.items() if o.partition(".")[0] in ("k", "v")
+        }
+    if name == "decode":
+        made["notes"] = contrib.notes
+    return made
 
 
 def _describe(values: Any) -> list[dict[str, Any]]:
@@ -119,7 +123,8 @@ class OrtEngine(Engine):
         self.sessions = {
             stage: _session(artifact, stage, part["threads"] if threads is None else threads) for stage, part in self.manifest.items()
         }
-        self.in_place = {stage: set(part["in_place"]) for stage, part in self.manifest.items()}
+        self.pasts = {i["name"]: i for i in self.manifest.get("decode", {"inputs": []})["inputs"] if i["name"].startswith("past_")}
+        self.appended = _appended(artifact.manifest["kv"], self.pasts)
 
     def vision(self, feeds: Arrays) -> Arrays:
         session = self._stage("vision")
@@ -127,40 +132,46 @@ class OrtEngine(Engine):
         return dict(zip(names, session.run(names, _wanted(session, feeds)), strict=True))
 
     def prefill(self, feeds: Arrays, capacity: int) -> tuple[Arrays, HostCache]:
-        session = self._stage("prefill")
+        session, part = self._stage("prefill"), self.manifest["prefill"]
         check_prefix(feeds["attention_mask"])
         cache = self._new_cache(feeds, capacity)
+        rows = np.array([cache.buffers[f"past_{name}"].shape[2] for name in part["padded"]], np.int64)
         binding = _Binding(session)
-        for name, array in _wanted(session, {**feeds, **cache.buffers}).items():
+        for name, array in _wanted(session, {**feeds, **cache.buffers, "capacity": rows}).items():
             binding.input(name, array)
+        whole = {*part["in_place"], *part["padded"]}
         plain = []
         for output in session.get_outputs():
-            which, _, layer = output.name.partition(".")
-            if which in ("k", "v") and int(layer) in self.in_place["prefill"]:
-                binding.output(output.name, cache.buffers[f"past_{output.name}"])
+            past = f"past_{output.name}"
+            if past in cache.buffers and (output.name in whole or output.name not in part["rows"] or _single(self.pasts[past])):
+                binding.output(output.name, cache.buffers[past])
             else:
                 binding.io.bind_output(output.name, "cpu")
                 plain.append(output.name)
         outputs = binding.run(plain)
         self._keep(cache, outputs)
-        cache.lengths = outputs["kv_lengths"].astype(np.int64)
+        for name in (n for n in cache.buffers if n.endswith((".scale", ".center"))):
+            check_finite(name.removeprefix("past_"), cache.buffers[name])
         cache.slot = feeds["attention_mask"].sum(1, dtype=np.int64)[:, None]
         return {n: a for n, a in outputs.items() if n.partition(".")[0] not in ("k", "v", "conv", "kv_pos")}, cache
 
     def _new_cache(self, feeds: Arrays, capacity: int) -> HostCache:
+        """Room for the rows that the prefill returns, and those to come; a partition that is only read has one spare row (GroupQueryAttention
+        always appends)."""
         B, S = feeds["input_ids"].shape
         symbols = {"B": B, "S": S, "N": feeds["image_features"].shape[1]}
-        spare = max(capacity - S, 1)
-        cache = HostCache(self.layers)
-        decode = {i["name"]: i for i in self.manifest["decode"]["inputs"]}
-        for layer in self.layers:
-            rows = evaluate(self.manifest["prefill"]["rows"][str(layer)], symbols) + spare
-            for which in "kv":
-                spec = decode[f"past_{which}.{layer}"]
-                _, heads, _, width = spec["shape"]
-                cache.buffers[spec["name"]] = np.zeros((B, heads, rows, width), spec["dtype"])
-            if f"past_pos.{layer}" in decode:
-                cache.buffers[f"past_pos.{layer}"] = np.zeros((B, rows), np.int64)
+        spare, rows = max(capacity - S, 1), self.manifest["prefill"]["rows"]
+        cache = HostCache(self.layers, self.appended)
+        for name, spec in self.pasts.items():
+            made = name.removeprefix("past_")
+            if name.startswith("past_pos."):
+                shape = [B, evaluate(rows[f"k.{made.partition('.')[2]}"], symbols) + spare]
+            else:
+                shape = [B, *spec["shape"][1:]]
+                if not _single(spec):
+                    more = spare if name in self.appended else made in self.manifest["prefill"]["padded"]
+                    shape[2] = evaluate(rows[made], symbols) + int(more)
+            cache.buffers[name] = np.zeros(shape, spec["dtype"])
         return cache
 
     def _keep(self, cache: HostCache, outputs: Arrays) -> None:
@@ -173,10 +184,12 @@ class OrtEngine(Engine):
                 cache.buffers[f"past_pos.{layer}"][:, : value.shape[1]] = value
             elif which == "conv":
                 cache.buffers[name] = np.ascontiguousarray(value)
+            elif which == "kv_lengths":
+                cache.parts[name.removeprefix("kv_")] = value.astype(np.int64)
 
     def decode(self, cache: HostCache, input_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:  # type: ignore[override]
         if cache.grow() or cache.bound is None:
-            cache.bound = _Step(self._stage("decode"), cache, self.in_place["decode"], input_ids, position_ids)
+            cache.bound = _Step(self._stage("decode"), cache, self.manifest["decode"]["in_place"], input_ids, position_ids)
         return cache.bound.run(input_ids, position_ids)
 
     def _stage(self, name: str) -> Any:
@@ -188,21 +201,38 @@ class OrtEngine(Engine):
         self.sessions.clear()
 
 
+def _single(spec: Mapping[str, Any]) -> bool:
+    """Is the past one row whatever was stored: a scale or centre per channel?"""
+    return isinstance(spec["shape"][2], int)
+
+
+def _appended(table: list[dict[str, Any]], pasts: Collection[str]) -> list[str]:
+    """The pasts that get a row per step: those of the first partition with something per row."""
+    found = []
+    for entry in table:
+        form = KVFormat.read(entry.get("format")) or FLOAT
+        part, layer = form.partitions[0], entry["layer"]
+        found.append(f"past_pos.{layer}")
+        for which in "kv":
+            states = ("scale", "center") if part.per(which).startswith(("token", "group")) else ()
+            found += [f"past_{which}.{layer}", *(f"past_{which}.{layer}.{s}" for s in states)]
+    return [name for name in found if name in pasts]
+
+
 class _Step:
     """The decode session bound once to the buffers of a cache: a step copies the new ids in and runs."""
 
-    def __init__(self, session: Any, cache: HostCache, in_place: set[int], input_ids: np.ndarray, position_ids: np.ndarray) -> None:
-        self.cache, self.in_place = cache, in_place
+    def __init__(self, session: Any, cache: HostCache, in_place: Collection[str], input_ids: np.ndarray, position_ids: np.ndarray) -> None:
+        self.cache = cache
         self.binding = _Binding(session)
-        self.ids, self.positions = np.array(input_ids, np.int64), np.array(position_ids, np.int64)
-        self.lengths, self.slot = cache.lengths.copy(), cache.slot.copy()
-        feeds = {"input_ids": self.ids, "position_ids": self.positions, "lengths": self.lengths, "slot": self.slot, **cache.buffers}
+        self.ids, self.positions, self.slot = np.array(input_ids, np.int64), np.array(position_ids, np.int64), cache.slot.copy()
+        self.lengths = {name: rows.copy() for name, rows in cache.parts.items()}
+        feeds = {"input_ids": self.ids, "position_ids": self.positions, "slot": self.slot, **self.lengths, **cache.buffers}
         for name, array in _wanted(session, feeds).items():
             self.binding.input(name, array)
         self.outputs: Arrays = {}
         for output in session.get_outputs():
-            which, _, layer = output.name.partition(".")
-            if which in ("k", "v") and int(layer) in in_place:
+            if output.name in in_place:
                 self.binding.output(output.name, cache.buffers[f"past_{output.name}"])
             else:
                 shape = [
@@ -210,12 +240,13 @@ class _Step:
                 ]  # logits, new rows and states: B is the only symbol
                 self.outputs[output.name] = np.empty(shape, TYPES[output.type])
                 self.binding.output(output.name, self.outputs[output.name])
-        self.rest = [layer for layer in cache.layers if layer not in in_place or f"past_pos.{layer}" in cache.buffers]
+        self.rest = [l for l in cache.layers if f"k.{l}" not in in_place or f"past_pos.{l}" in cache.buffers]
 
     def run(self, input_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
         cache = self.cache
-        self.ids[...], self.positions[...] = input_ids, position_ids
-        self.lengths[...], self.slot[...] = cache.lengths, cache.slot
+        self.ids[...], self.positions[...], self.slot[...] = input_ids, position_ids, cache.slot
+        for name, rows in cache.parts.items():
+            self.lengths[name][...] = rows
         self.binding.session.run_with_iobinding(self.binding.io)
         for layer in self.rest:
             cache.write(layer, self.outputs)
