@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from math import isqrt
@@ -12,7 +13,9 @@ from torch.fx import Node
 
 from ..graph.program import Program, Stage
 from ..graph.retype import fake_mode
+from ..graph.sites import layer_of
 from .base import PassError
+from .vision_layout import Layout, Mixed, find_layout
 from .vision_signals import FROM_ATTENTION, FROM_CLS
 
 F = torch.ops.foveate
@@ -21,7 +24,10 @@ Fail = Callable[[str], PassError]
 
 @dataclass(frozen=True)
 class Place:
-    """`nodes` carry the tokens: one [images, n, Dv] before the projector, or the returned [images * n, D], one per feature (`flat`)."""
+    """`nodes` carry the tokens: one [images, n, Dv] before the projector, or the returned [images * n, D], one per feature (`flat`).
+
+    packed: one picture of fixed geometry per run, its n rows made of tiles, windows or merged patches; `layout` says how, where it was asked.
+    """
 
     nodes: tuple[Node, ...]
     flat: bool
@@ -31,22 +37,25 @@ class Place:
     skip: int
     attentions: tuple[Node, ...]
     cls: Node | None  # [images, 1 + n, Dv], what the patches were sliced from
+    packed: bool = False
+    layout: Layout | None = None
 
 
-def find_place(program: Program, names: Collection[str], after_projector: bool, fail: Fail) -> Place:
+def find_place(program: Program, names: Collection[str], after_projector: bool, fail: Fail, views: bool = False) -> Place:
     """Before the projector where there is one patch per token, so that the projector works less; else behind it, patches pooled per token.
 
+    views: the method works on the tiles of a packed picture, not on its rows.
     Refused by name: no fixed number of tokens per image, a CLS or attention asked for that is not there, tokens that an earlier pass
-    already chose
-    or merged when their attention is asked for.
+    already chose or merged when their attention is asked for.
     """
     stage, facts = program["vision"], program.facts
     n, known, wants = facts.visual_per_image, facts.tokens_per_image, set(names) & FROM_ATTENTION
-    if n is None or (facts.vision_grid is None and wants | (set(names) & {"grid"})):
-        raise fail(f"needs images of a fixed grid; {facts.model_type} was captured without one")
-    if set(names) & FROM_CLS and not facts.has_cls:
-        raise fail(f"needs a vision tower with a CLS token; that of {facts.model_type} has none")
     reduced = facts.features_per_image not in (None, known)
+    if n is None and isinstance(stage.output_nodes[facts.features[0]].meta["val"].shape[0], int):
+        return _packed(program, names, fail, views)
+    if n is None or (facts.vision_grid is None and not reduced and wants | (set(names) & {"grid"})):
+        raise fail(f"needs images of a fixed grid; {facts.model_type} was captured without one")
+    _check_cls(program, names, fail)
     if reduced and (wants or "grid" in names):
         raise fail(f"reads the grid of patches, and an earlier pass left {n} of {known} tokens per image")
     patches = facts.vision_grid[0] * facts.vision_grid[1] if facts.vision_grid and not reduced else n
@@ -59,6 +68,35 @@ def find_place(program: Program, names: Collection[str], after_projector: bool, 
         return Place(nodes, True, n, grid, merge, int(facts.has_cls), attentions, None)
     features = _patches(stage, attentions[-1], n, fail)
     return Place((features,), False, n, grid, 1, int(facts.has_cls), attentions, _sliced_from(features, n))
+
+
+def _packed(program: Program, names: Collection[str], fail: Fail, views: bool) -> Place:
+    """Behind the projector of a picture whose geometry is fixed; attention is pooled onto its rows by the layout found there."""
+    stage, facts, skip = program["vision"], program.facts, int(program.facts.has_cls)
+    nodes = tuple(stage.output_nodes[name] for name in facts.features)
+    n = int(nodes[0].meta["val"].shape[0])
+    _check_cls(program, names, fail)
+    if "grid" in names and not views:
+        raise fail(f"reads the grid of patches, and {facts.model_type} packs a picture's tokens in an order of its own")
+    if not set(names) & FROM_ATTENTION and not views:
+        return Place(nodes, True, n, None, 1, skip, (), None, True)
+    pattern = re.compile(facts.vision_layer_path or "$.")
+    towers = tuple(node for node in stage.graph.nodes if node.target in (F.attention.default, F.attention_varlen.default)
+                   and layer_of(node, pattern) is not None)
+    if not towers:
+        raise fail(f"found no attention in the vision layers of {facts.model_type}")
+    try:
+        layout = find_layout(stage, towers[-1], nodes[0], skip)
+    except Mixed as cause:
+        raise fail(f"cannot tell which patches the tokens of {facts.model_type} stand for: {cause}") from cause
+    side = isqrt(len(layout.owner[0]))
+    read = towers if facts.has_cls else towers[-1:]  # only the CLS is read in several layers
+    return Place(nodes, True, n, (side, side) if views else None, 1, skip, read, None, True, layout)
+
+
+def _check_cls(program: Program, names: Collection[str], fail: Fail) -> None:
+    if set(names) & FROM_CLS and not program.facts.has_cls:
+        raise fail(f"needs a vision tower with a CLS token; that of {program.facts.model_type} has none")
 
 
 def _merge(grid: tuple[int, int], n: int, wants: Collection[str], fail: Fail, model: str) -> int:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from ..graph.program import Program
+from ..graph.program import Program, Stage
 from ..graph.retype import reroute, retype
 from ..graph.splice import splice
 from ..graph.stage import sweep
@@ -42,6 +43,7 @@ class VisionReduce(Pass):
     keep: Keep
 
     after_projector: ClassVar[bool] = False
+    views: ClassVar[bool] = False  # works on the thumbnail and the crops of a picture, where a family packs them into one
 
     @abstractmethod
     def reads(self) -> list[str]: ...
@@ -55,15 +57,24 @@ class VisionReduce(Pass):
         return 1
 
     def run(self, program: Program) -> bool:
-        place = find_place(program, self.reads(), self.after_projector or self.shared > 1, self.fail)
-        count = self.budget(place.n, place.grid)
+        place = find_place(program, self.reads(), self.after_projector or self.shared > 1, self.fail, self.views)
+        return self.fitted(program, place)._reduce(program, place)
+
+    def fitted(self, program: Program, place: Place) -> VisionReduce:
+        """The method with what a picture's own layout says filled in."""
+        if place.packed and self.shared > 1:
+            raise self.fail(f"lets {self.shared} images share a budget, and {program.facts.model_type} brings one packed picture at a time")
+        return self
+
+    def _reduce(self, program: Program, place: Place) -> bool:
+        count = self.budget(place.n, None if place.packed else place.grid)
         if count > place.n:
             raise self.fail(f"keep={self.keep} is more than the {place.n} patches of an image")
         if count == place.n:
             return False
         self.check(program, place, count)
         self._rewrite(program, place, count)
-        program.facts = replace(program.facts, features_per_image=count)
+        program.facts = replace(program.facts, features_per_image=count, tokens_per_image=program.facts.tokens_per_image or place.n)
         return True
 
     def budget(self, n: int, grid: tuple[int, int] | None) -> int:
@@ -72,7 +83,7 @@ class VisionReduce(Pass):
 
     def check(self, program: Program, place: Place, count: int) -> None:
         """Refuse what cannot be; by default, several images in one budget where positions are those of the picture."""
-        if self.shared > 1 and program.facts.positions.get("kind") == "mrope":
+        if self.shared > 1 and not place.packed and program.facts.positions.get("kind") == "mrope":
             raise self.fail(f"lets images share a budget, and the positions of {program.facts.model_type} are per image")
 
     def _rewrite(self, program: Program, place: Place, count: int) -> None:
@@ -80,28 +91,34 @@ class VisionReduce(Pass):
         before = next(n for n in stage.graph.nodes if n.op == "output") if place.flat else place.nodes[0].next
         extra = [name for name in names if name in EXTERNAL]
         value = place.nodes[0].meta["val"]
-        images = value.shape[0] // place.n if place.flat else value.shape[0]
-        inputs = [external(program, name, images, value.shape[-1] if name == "text" else place.n, value.dtype) for name in extra]
+        count_of_images = value.shape[0] // place.n if place.flat else value.shape[0]
+        inputs = [external(program, name, count_of_images, value.shape[-1] if name == "text" else place.n, value.dtype) for name in extra]
         with_cls = "cls_feature" in names
         if with_cls and place.cls is None:
             raise self.fail("keeps the CLS token, which is not beside the features here")
-        operands = [a for node in place.attentions for a in (*node.args[:4], node.args[6])]
+        operands = [a for node in place.attentions for a in _operands(stage, node, before)]
+        shared = 1 if place.packed else self.shared
 
         def reduce(*values: Any) -> tuple[Tensor, ...]:
             rest = list(values)
             tokens = [rest.pop(0) for _ in place.nodes]
             if place.flat:
                 tokens = [x.view(-1, place.n, x.shape[-1]) for x in tokens]
+            images = tokens[0].shape[0]
             given = {name: rest.pop(0) for name in extra}
             beside = rest.pop(0)[:, :1] if with_cls else None
             layers = tuple(Attention(*rest[i : i + 5]) for i in range(0, len(rest), 5))
-            plan = self.plan(count * self.shared, Signals(tokens[0], layers, place.skip, place.grid, place.merge, given, beside))
-            fewer = [plan.apply(x) for x in self._together(tokens, beside)]
-            kept = per_image(plan.kept, self.shared, place.n)
+            plan = self.plan(count * shared, Signals(tokens[0], layers, place.skip, place.grid, place.merge, given, beside, place.layout, not self.views))
+            if beside is not None:
+                tokens = [torch.cat([beside, x], 1) for x in tokens]
+            if shared > 1:
+                tokens = [grouped(x, shared).flatten(1, 2) for x in tokens]
+            fewer = [plan.apply(x) for x in tokens]
+            kept = per_image(plan.kept, shared, place.n)
             if place.flat:
                 fewer = [x.flatten(0, 1) for x in fewer]
-            if self.shared > 1:  # without the spare group
-                whole = groups(tokens[0].shape[0], self.shared) * self.shared
+            if shared > 1:  # without the spare group
+                whole = groups(images, shared) * shared
                 fewer, kept = [x[: whole * count] for x in fewer], kept[:whole]
             return (*fewer, kept)
 
@@ -117,11 +134,6 @@ class VisionReduce(Pass):
         retype(stage)
         stage.module.recompile()
 
-    def _together(self, tokens: list[Tensor], beside: Tensor | None) -> list[Tensor]:
-        if beside is not None:
-            tokens = [torch.cat([beside, x], 1) for x in tokens]
-        return [grouped(x, self.shared).flatten(1, 2) for x in tokens] if self.shared > 1 else tokens
-
 
 @dataclass(frozen=True)
 class VisionSelect(VisionReduce):
@@ -131,7 +143,7 @@ class VisionSelect(VisionReduce):
         x[images, n, Dv] -> projector  =>  i = compact(top(score, keep))[images, keep];  keep_tokens(x, i) -> projector
 
     A method overrides `score` (-> [images, n], larger is better) or `choose` (-> index[images, keep]); the names of the arguments say what
-    it reads.
+    it reads. In a packed picture, rows that stand for no patch (newlines) go first when attention scores; for other scores they are tokens.
     """
 
     def score(self, **signals: Any) -> Tensor:
@@ -144,7 +156,11 @@ class VisionSelect(VisionReduce):
         return arguments(self.score if type(self).choose is VisionSelect.choose else self.choose)
 
     def plan(self, count: int, signals: Signals) -> Plan:
-        return Plan(self.choose(count, **{name: signals.read(name) for name in self.reads()}))
+        read = {name: signals.read(name) for name in self.reads()}
+        if signals.layout is None or type(self).choose is not VisionSelect.choose:
+            return Plan(self.choose(count, **read))
+        score = self.score(**read)
+        return Plan(best(torch.where(torch.tensor(signals.layout.separators, device=score.device), float("-inf"), score), count))
 
 
 @dataclass(frozen=True)
@@ -169,9 +185,26 @@ class VisionMerge(VisionReduce):
 
     def check(self, program: Program, place: Place, count: int) -> None:
         super().check(program, place, count)
+        if place.layout is not None and any(place.layout.separators):
+            raise self.fail(f"merges tokens, and {program.facts.model_type} lays separators between them")
         if program.facts.positions.get("kind") == "mrope":
             raise self.fail(f"makes tokens that stand for no single patch, and {program.facts.model_type} gives every token the position of its patch")
 
 
 def arguments(function: Any) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "count"]
+
+
+def _operands(stage: Stage, attention: Node, before: Node) -> tuple[Any, ...]:
+    """q, k, v, mask, scale; packed segments become a mask, unless there is but one"""
+    if attention.target is F.attention.default:
+        return (*attention.args[:4], attention.args[6])
+    q, k, v, bounds, scale, _ = attention.args
+    mask = None if bounds.meta["val"].shape[0] == 2 else splice(stage, before, _segments, q, bounds)
+    return q, k, v, mask, scale
+
+
+def _segments(q: Tensor, bounds: Tensor) -> Tensor:
+    """q[1, H, T, D], bounds[segments + 1] -> [1, 1, T, T] bool: in the same segment"""
+    segment = (torch.arange(q.shape[2], device=q.device)[:, None] >= bounds[None, 1:]).sum(1)
+    return (segment[:, None] == segment[None])[None, None]

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .vision_layout import Layout
+
 F = torch.ops.foveate
 FROM_CLS = frozenset({"cls", "cls_first", "cls_layers", "cls_joint", "cls_logits", "cls_feature"})
 OPERANDS = ("q", "k", "v", "mask", "scale")
-FROM_ATTENTION = FROM_CLS | {*OPERANDS, "received", "keys", "key_mean"}
+FROM_ATTENTION = FROM_CLS | {*OPERANDS, "attended", "received", "keys", "key_mean"}
 EXTERNAL = ("text", "saliency")  # further inputs of the vision stage, supplied from outside
 
 
@@ -38,10 +40,12 @@ class Signals:
     cls_joint[I, n]             the same from queries and keys of all heads as one head
     cls_feature[I, 1, D]        the CLS token beside the features
     received[I, H, n]           mean attention that a token gets from all query rows
+    attended[I, H, n]           cls; in a tower without one, received (as the published ports to such towers do)
     keys[I, n, H D], key_mean[I, n, D]   keys of all heads, side by side or averaged
     grid                        (rows, columns) of the tokens
     text[I, D], saliency[I, n]  supplied from outside
-    Where the projector merges m x m patches into one token, everything per patch is averaged over the token's patches here, once.
+    Where the projector merges m x m patches into one token, everything per patch is averaged over the token's patches here, once; so it is
+    over the patches of a row of a packed picture (`layout`), unless the method works on its tiles (`pooled` False: then I counts tiles).
     """
 
     features: Tensor
@@ -51,6 +55,8 @@ class Signals:
     merge: int = 1
     extra: dict[str, Tensor] = field(default_factory=dict)
     cls_feature: Tensor | None = None
+    layout: Layout | None = None
+    pooled: bool = True
 
     def read(self, name: str) -> Any:
         """The signal of that name."""
@@ -88,6 +94,10 @@ class Signals:
         return self._pool(F.attention_columns(last.q, last.k, last.mask, even, last.scale, False, 0.0)[..., self.skip :])
 
     @cached_property
+    def attended(self) -> Tensor:
+        return self.cls if self.skip else self.received
+
+    @cached_property
     def keys(self) -> Tensor:
         return self._pool(self.layers[-1].k[:, :, self.skip :].transpose(1, 2).flatten(2).transpose(1, 2)).transpose(1, 2)
 
@@ -100,7 +110,9 @@ class Signals:
         return self._pool(F.attention_rows(layer.q, layer.k, layer.mask, first, layer.scale, False, 0.0)[:, :, 0, self.skip :])
 
     def _pool(self, x: Tensor) -> Tensor:
-        """x[..., patches] -> [..., n]: the mean over the patches of every token (square blocks, in reading order)"""
+        """x[..., patches] -> [..., n]: the mean over the patches of every token (square blocks, in reading order; or as the layout says)"""
+        if self.layout is not None and self.pooled:
+            return self.layout.pool(x) if x.dim() == 3 else self.layout.pool(x[:, None])[:, 0]
         if self.merge == 1:
             return x
         assert self.grid is not None  # the base refuses a merging projector without a grid
@@ -119,6 +131,18 @@ def rank(score: Tensor) -> Tensor:
     return score.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
 
 
+def bilinear(size: int, wanted: int, device: torch.device) -> Tensor:
+    """[wanted, size]: the weights of a resize along one axis, corners not aligned (a constant; a resize operator is another thing on each
+    backend)"""
+    weight = [[0.0] * size for _ in range(wanted)]
+    for i in range(wanted):
+        at = max((i + 0.5) * size / wanted - 0.5, 0.0)
+        low = int(at)
+        weight[i][low] += 1 - (at - low)
+        weight[i][min(low + 1, size - 1)] += at - low
+    return torch.tensor(weight, device=device)
+
+
 def evenly(count: int, candidate: Tensor) -> Tensor:
     """candidate[I, n] bool -> [I, n] bool: `count` of the candidates (or all, if fewer), evenly spaced in reading order"""
     n = candidate.sum(-1, keepdim=True).clamp(min=1)
@@ -126,4 +150,4 @@ def evenly(count: int, candidate: Tensor) -> Tensor:
     return candidate & (((place + 1) * count) // n > (place * count) // n)
 
 
-__all__ = ["EXTERNAL", "FROM_ATTENTION", "FROM_CLS", "Attention", "Signals", "cosine", "evenly", "rank"]
+__all__ = ["EXTERNAL", "FROM_ATTENTION", "FROM_CLS", "Attention", "Signals", "bilinear", "cosine", "evenly", "rank"]

@@ -17,7 +17,7 @@ from ..vision_signals import cosine
 class MergeVisionZip(VisionMerge):
     """
     rewrite:
-        dominant = compact(top(sum_h attention of CLS, keep - c)),  c = contextual keep
+        dominant = compact(top(sum_h attention of CLS (or received), keep - c)),  c = contextual keep
         of the others, every s-th is a target (s = n_rest // c), and the rest goes to the target with the most similar key (mean over heads)
         merge_tokens(patches, [one row per dominant token; one row per target]) -> projector
 
@@ -35,12 +35,12 @@ class MergeVisionZip(VisionMerge):
     mode: Mode = "fixed"
 
     def reads(self) -> list[str]:
-        return ["cls", "key_mean", *(["cls_feature"] if self.mode == "parity" else [])]
+        return ["attended", "key_mean", *(["cls_feature"] if self.mode == "parity" else [])]
 
-    def weights(self, count: int, cls: Tensor, key_mean: Tensor, cls_feature: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        n, extra = cls.shape[-1], int(self.mode == "parity")
+    def weights(self, count: int, attended: Tensor, key_mean: Tensor, cls_feature: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        n, extra = attended.shape[-1], int(self.mode == "parity")
         groups = max(1, round(count * self.contextual))
-        dominant = best(cls.sum(1), count - groups - extra)
+        dominant = best(attended.sum(1), count - groups - extra)
         rest = torch.ops.foveate.compact_tokens(one_hot(dominant, n).sum(1) == 0, n - dominant.shape[1])
         step = max(1, rest.shape[1] // groups)
         target = rest[:, : step * groups : step]

@@ -17,11 +17,12 @@ from ..vision_signals import Signals, cosine, rank
 class PruneHoloV(VisionSelect):
     """
     rewrite:
-        P stretches of n / P tokens in reading order;  t = 1000 a + alpha v mean|1000 a| / mean|v|,  a = mean_h attention of CLS,
+        P stretches of n / P tokens in reading order;  t = 1000 a + alpha v mean|1000 a| / mean|v|,  a = mean_h attention of CLS (or received),
         v = variance of the cosines inside the stretch;  quota of a stretch ~ mean t;  i = top quota by a in every stretch
         keep_tokens(projected tokens, i)
 
     Zou et al., "HoloV: Don't Just Chase Highlighted Tokens in MLLMs" (NeurIPS 2025); 16 stretches, alpha 0.09, 64 of 576.
+    Towers without CLS: the attention that a token receives, as in the published code for Qwen2.5-VL (there in window order, here in its own).
     fixed: what a stretch cannot spend goes to the most attended tokens anywhere; reading order.
     parity: it is lost (rows of zeros at the end), and tokens come stretch by stretch, by falling attention unless the whole stretch stays.
     """
@@ -36,10 +37,10 @@ class PruneHoloV(VisionSelect):
     mode: Mode = "fixed"
 
     def reads(self) -> list[str]:
-        return ["features", "cls"]
+        return ["features", "attended"]
 
     def plan(self, count: int, signals: Signals) -> Plan:
-        a, n = signals.cls.mean(1), signals.features.shape[1]
+        a, n = signals.attended.mean(1), signals.features.shape[1]
         parts = min(self.stretches, n // 2)
         owner = torch.tensor([p for p in range(parts) for _ in range(n // parts + (p < n % parts))], device=a.device)
         member = (owner[:, None] == torch.arange(parts, device=a.device)).float()  # [n, P]

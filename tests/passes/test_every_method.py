@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import helpers
 import onnxruntime
@@ -14,22 +14,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llm_cases import AT_VISION, BUDGETED, METHODS, build
 from torch import Tensor
 
 from foveate.export.to_onnx import to_onnx
 from foveate.graph.dump import dump
 from foveate.graph.verify import verify
-from foveate.passes.base import PassError, discover, make
+from foveate.passes.base import PassError, make
 from foveate.passes.bypass import Bypass
 from foveate.passes.oracle import mask_only
-from foveate.passes.reduce import Reduce
 from foveate.passes.select import Select
-from foveate.passes.vision_select import VisionReduce
 
 CASES = int(os.environ.get("FOVEATE_ORACLE_CASES", "25"))  # per method; ten methods: 250 in all. `make nightly` asks for 10,000
-METHODS = {n: p for n, p in discover().items() if issubclass(p, Reduce)}
-AT_VISION = [n for n, p in discover().items() if issubclass(p, VisionReduce)]
-BUDGETED = [n for n, p in METHODS.items() if {"keep", "keeps"} & {f.name for f in fields(p)}]
 
 
 @pytest.fixture(params=METHODS)
@@ -45,15 +41,6 @@ def method(request):
 @pytest.fixture(params=[*BUDGETED, *AT_VISION])
 def everywhere(request):
     return request.param
-
-
-def build(name, keep, layer=1, **more):
-    """The method with one cut and, where the data have a say, the settings under which they ask for everything."""
-    if name in AT_VISION:
-        return make(name, {"keep": keep})
-    known = {f.name for f in fields(METHODS[name])}
-    values = {"layer": layer, "layers": [layer], "keep": keep, "keeps": [keep]} | METHODS[name].everything | more
-    return make(name, {k: v for k, v in values.items() if k in known})
 
 
 @functools.cache

@@ -132,7 +132,7 @@ def test_pooling_is_the_mean_over_blocks():
     assert got == sorted(sorted(range(6), key=lambda t: -blocks[t])[:2])
 
 
-WITHOUT_CLS = {"prune-divprune", "prune-cdpruner", "prune-evs", "prune-fopru", "prune-random", "prune-uniform"}
+WITHOUT_CLS = {"merge-visionzip", "prune-holov", "prune-divprune", "prune-cdpruner", "prune-evs", "prune-fopru", "prune-random", "prune-uniform"}
 
 
 def test_a_tower_without_cls_works_or_is_refused_by_name(name):
