@@ -18,7 +18,8 @@ class Partition:
 
     name: "" for the partition that decode appends to (names `k.l`, `past_k.l`), else the suffix of its names (`k.l.lo`, `past_k.l.lo`).
     code: one of BITS. k_per, v_per: what shares one scale: "channel" [B, G, 1, D]; "token" [B, G, T, 1]; "group:n" [B, G, T, D / n], n
-    channels of one token; "block:n" [B, G, ceil(T / n), D], n tokens of one channel. centred: a centre beside every scale.
+    channels of one token; "block:n" [B, G, ceil(T / n), D], n tokens of one channel. centred: a centre beside every scale. balanced: "k", "v" or "kv": codes
+    are of x / balance[B, G, 1, D].
     rows: how many the prefill returns, in its symbols.
     """
 
@@ -27,6 +28,7 @@ class Partition:
     k_per: str = "channel"
     v_per: str = "channel"
     centred: bool = False
+    balanced: str = ""
     rows: str = "S"
 
     def __post_init__(self) -> None:
@@ -48,10 +50,11 @@ class Partition:
     def suffix(self) -> str:
         return f".{self.name}" if self.name else ""
 
-    @property
-    def states(self) -> tuple[str, ...]:
+    def states(self, which: str) -> tuple[str, ...]:
         """What is stored beside the codes: names of the tensors that follow `k.l<suffix>.`"""
-        return () if self.code == "float" else ("scale", "center") if self.centred else ("scale",)
+        if self.code == "float":
+            return ()
+        return ("scale", *(["center"] if self.centred else []), *(["balance"] if which in self.balanced else []))
 
     def scales(self, which: str, rows: Any, width: int) -> Any:
         """How many scales `rows` tokens of `width` channels of one head have."""
@@ -63,7 +66,8 @@ class Partition:
         total: Any = 0
         for which, width in (("k", head_dim), ("v", value_dim)):
             row = width * element if self.code == "float" else -(-width * BITS[self.code] // 8)
-            total = total + heads * (rows * row + len(self.states) * self.scales(which, rows, width) * element)
+            states = sum((width if s == "balance" else self.scales(which, rows, width) for s in self.states(which)), 0)
+            total = total + heads * (rows * row + states * element)
         return total
 
 

@@ -8,16 +8,28 @@ from torch import Tensor
 from ..graph.kv_format import BITS, Partition
 
 F = torch.ops.foveate
+TINY = 1e-3  # in float16 too, its inverse is a number
 
 
-def states(x: Tensor, valid: Tensor, part: Partition, which: str, margin: float) -> tuple[Tensor, ...]:
-    """x[B, G, T, D], valid[B, T]  ->  (scale,) or (scale, center), as the partition stores them"""
+def states(x: Tensor, valid: Tensor, part: Partition, which: str, margin: float, balance: Tensor | None = None) -> tuple[Tensor, ...]:
+    """x[B, G, T, D], valid[B, T]  ->  (scale,), (scale, center) or (scale, [center,] balance), as the partition stores them"""
+    if which in part.balanced:
+        x = x / balance
     scale, center = F.kv_scale(x, valid, BITS[part.code], part.per(which), part.centred, margin)
-    return (scale, center) if part.centred else (scale,)
+    return scale, *([center] if part.centred else []), *([balance] if which in part.balanced else [])
+
+
+def balance(x: Tensor, valid: Tensor, q: Tensor | None) -> Tensor:
+    """x[B, G, T, D], valid[B, T], q[B, H, S, D] or None  ->  w[B, G, 1, D] = sqrt(max_t |x| / max_t |q|); without queries sqrt(max_t |x|)"""
+    most = torch.where(valid[:, None, :, None], x.float().abs(), 0).amax(2, keepdim=True).clamp(min=TINY)
+    if q is not None:  # heads that share a key head are its group
+        most = most / q.float().abs().amax(2, keepdim=True).unflatten(1, (x.shape[1], -1)).amax(2).clamp(min=TINY)
+    return most.sqrt().clamp(min=TINY).to(x.dtype)
 
 
 def encode(x: Tensor, state: tuple[Tensor, ...], part: Partition, which: str) -> Tensor:
     """x[B, G, T, D]  ->  codes int8[B, G, T, D]"""
+    x = x / state[-1] if which in part.balanced else x
     return F.quantize_kv(x, state[0], state[1] if part.centred else None, BITS[part.code], part.block(which))
 
 
@@ -25,4 +37,5 @@ def decode(codes: Tensor, state: tuple[Tensor, ...], part: Partition, which: str
     """codes[B, G, T, D]  ->  x[B, G, T, D]"""
     if part.code == "float":
         return codes
-    return F.dequantize_kv(codes, state[0], state[1] if part.centred else None, part.block(which)).to(dtype)
+    x = F.dequantize_kv(codes, state[0], state[1] if part.centred else None, part.block(which))
+    return (x * state[-1] if which in part.balanced else x).to(dtype)

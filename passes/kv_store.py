@@ -22,25 +22,14 @@ from ..graph.kv_format import KVFormat, Partition
 from ..graph.kv_table import derive_kv, past_symbol
 from ..graph.program import KVLayer, Program, Stage
 from ..graph.retype import fake_mode, reroute, retype
-from ..graph.sites import role
 from ..graph.splice import splice
 from ..graph.stage import sweep
 from . import kv_codecs
 from .base import Pass
+from .kv_rows import give, output, position, rows_of
 
 F = torch.ops.foveate
-LO = "lo"
 SAMPLE = 937  # any size that nothing else has: a new symbol stands for it
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What the prefill has of one layer: k, v [B, G, T, D], and valid[B, T] bool."""
-
-    k: Node
-    v: Node
-    valid: Node
-    attention: Node | None  # the layer's own attention over these rows; None where rows were evicted after it
 
 
 @dataclass(frozen=True)
@@ -86,66 +75,34 @@ class StoreKV(Pass):
 
     def prefill(self, program: Program, entry: KVLayer, parts: tuple[Partition, ...]) -> None:
         """Return the layer's rows as the partitions store them. One partition: all rows, in their order."""
-        rows = rows_of(program, entry)
-        stage, held = program["prefill"], f"{entry.segment}"
+        rows, stage = rows_of(program, entry), program["prefill"]
         for which, node in (("k", rows.k), ("v", rows.v)):
-            self.emit(stage, entry, which, node, rows.valid, parts[0], held)
+            self.emit(stage, entry, which, node, rows.valid, parts[0], str(entry.segment), rows.attention.args[0])
 
-    def emit(self, stage: Stage, entry: KVLayer, which: str, node: Node, valid: Node, part: Partition, held: str) -> None:
-        """Return node[B, G, T, D] as the partition stores it."""
+    def emit(self, stage: Stage, entry: KVLayer, which: str, node: Node, valid: Node, part: Partition, held: str, q: Node) -> None:
+        """Return node[B, G, T, D] as the partition stores it. held: names the tokens; q: the layer's queries."""
         if part.code == "float":
             give(stage, f"{which}.{entry.layer}{part.suffix()}", node, held)
             return
 
-        def store(x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
-            state = self.states(x, valid, part, which, entry)
+        def store(x: Tensor, valid: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+            balance = kv_codecs.balance(x, valid, q if which == "k" else None) if which in part.balanced else None
+            state = kv_codecs.states(x, valid, part, which, self.widen(part), balance)
             return kv_codecs.encode(x, state, part, which), *state
 
-        made = splice(stage, output(stage), store, node, valid)
+        made = splice(stage, output(stage), store, node, valid, q)
         name = f"{which}.{entry.layer}{part.suffix()}"
-        for suffix, value in zip(("", *(f".{s}" for s in part.states)), made, strict=True):
+        for suffix, value in zip(("", *(f".{s}" for s in part.states(which))), made, strict=True):
             give(stage, name + suffix, value, held)
-
-    def states(self, x: Tensor, valid: Tensor, part: Partition, which: str, entry: KVLayer) -> tuple[Tensor, ...]:
-        """Scales and centres of the partition, from the prompt."""
-        return kv_codecs.states(x, valid, part, which, self.widen(part))
 
     def widen(self, part: Partition) -> float:
         """How much wider than the prompt's the range is made."""
         return 1.0
 
 
-def rows_of(program: Program, entry: KVLayer) -> Rows:
-    """The rows that the prefill returns for a layer now."""
-    stage, row = program["prefill"], [e.layer for e in program.kv].index(entry.layer)
-    k, v = (stage.output_nodes[f"{which}.{entry.layer}"] for which in "kv")
-    attention = next((u for u in k.users if u.target is F.attention.default), None)
-    if attention is not None:
-        return Rows(k, v, role(program, "valid", attention), attention)
-    valid = splice(stage, output(stage), lambda x, lengths: F.kv_held(x, lengths, row), k, stage.output_nodes["kv_lengths"])
-    return Rows(k, v, valid, None)  # whoever moved the rows left the valid ones in front
-
-
-def output(stage: Stage) -> Node:
-    return next(n for n in reversed(stage.graph.nodes) if n.op == "output")
-
-
-def give(stage: Stage, name: str, node: Node, held: str = "") -> None:
-    """Return `node` under `name`, instead of what was returned under it."""
-    if held:
-        node.meta["held"] = held
-    if name not in stage.outputs:
-        stage.add_output(name, node)
-        return
-    out = output(stage)
-    values = list(out.args[0])
-    values[stage.outputs.index(name)] = node
-    out.args = (tuple(values),)
-
-
 def take(program: Program, entry: KVLayer, parts: tuple[Partition, ...]) -> None:
     """Let decode read the layer's pasts as its partitions store them, and return the new row as the first stores it."""
-    stage, row = program["decode"], [e.layer for e in program.kv].index(entry.layer)
+    stage, row = program["decode"], position(program, entry)
     attention = None
     for which in "kv":
         past = stage.placeholder(f"past_{which}.{entry.layer}")
@@ -171,21 +128,21 @@ def _take_grown(stage: Stage, entry: KVLayer, which: str, past: Node, append: No
         return
     name, new, dtype = f"past_{which}.{entry.layer}", append.args[1], past.meta["val"].dtype
     past.meta["val"] = typed(stage, past.meta["val"].shape, torch.int8)
-    state = [stage.add_input(f"{name}.{s}", typed(stage, state_shape(part, which, past), dtype)) for s in part.states]
+    state = [stage.add_input(f"{name}.{s}", typed(stage, state_shape(part, which, past, s), dtype)) for s in part.states(which)]
+    alone = part.per(which).startswith(("token", "group"))  # the new row brings its own scale and centre
+    brought = [s for s in part.states(which) if s != "balance"] if alone else []
 
     def stored(past: Tensor, new: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        own = state  # a scale per token: the new row brings its own
-        if part.per(which).startswith(("token", "group")):
-            valid = torch.ones_like(new[:, 0, :, 0], dtype=torch.bool)
-            own = kv_codecs.states(new, valid, part, which, 1.0)
+        own = state
+        if alone:
+            own = kv_codecs.states(new, torch.ones_like(new[:, 0, :, 0], dtype=torch.bool), part, which, 1.0, state[-1])
         codes = kv_codecs.encode(new, own, part, which)
-        rows = kv_codecs.decode(codes, own, part, which, dtype)
-        return kv_codecs.decode(past, state, part, which, dtype), rows, codes, *(own if own is not state else ())
+        return kv_codecs.decode(past, state, part, which, dtype), kv_codecs.decode(codes, own, part, which, dtype), codes, *own[: len(brought)]
 
-    before, row, codes, *own = splice(stage, append, stored, past, new, *state, like=append)
+    before, row, *made = splice(stage, append, stored, past, new, *state, like=append)
     append.args = (before, row, *append.args[2:])
     append.meta["stale"] = True
-    for suffix, node in zip(("", *(f".{s}" for s in part.states if own)), (codes, *own), strict=True):
+    for suffix, node in zip(("", *(f".{s}" for s in brought)), made, strict=True):
         give(stage, f"{which}.{entry.layer}{suffix}", node)
 
 
@@ -196,7 +153,7 @@ def _take_read(stage: Stage, entry: KVLayer, which: str, past: Node, attention: 
     rows = stage.placeholder(known).meta["val"].shape[2] if known in stage.inputs else symbol(stage, past_symbol(known))
     shape = (*like.shape[:2], rows, like.shape[3])
     codes = stage.add_input(name, typed(stage, shape, dtype if part.code == "float" else torch.int8))
-    state = [stage.add_input(f"{name}.{s}", typed(stage, state_shape(part, which, codes), dtype)) for s in part.states]
+    state = [stage.add_input(f"{name}.{s}", typed(stage, state_shape(part, which, codes, s), dtype)) for s in part.states(which)]
 
     def join(codes: Tensor, new: Tensor, *state: Tensor) -> Tensor:
         return torch.cat([kv_codecs.decode(codes, state, part, which, dtype), new], 2)
@@ -204,9 +161,11 @@ def _take_read(stage: Stage, entry: KVLayer, which: str, past: Node, attention: 
     return splice(stage, attention, join, codes, joined, *state, like=attention)
 
 
-def state_shape(part: Partition, which: str, codes: Node) -> tuple[Any, ...]:
-    """Of a scale or centre of codes[B, G, T, D]."""
+def state_shape(part: Partition, which: str, codes: Node, state: str) -> tuple[Any, ...]:
+    """Of a scale, centre or balance of codes[B, G, T, D]."""
     B, G, T, D = codes.meta["val"].shape
+    if state == "balance":
+        return B, G, 1, D
     kind, _, size = part.per(which).partition(":")
     n = int(size or 1)
     return {"channel": (B, G, 1, D), "token": (B, G, T, 1), "group": (B, G, T, D // n), "block": (B, G, (T + n - 1) // n, D)}[kind]

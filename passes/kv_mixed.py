@@ -1,0 +1,120 @@
+"""MixedKV: important rows in a partition of more bits, which also takes what is generated; the rest in one of fewer bits, which is only read."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor
+from torch.fx import Node
+
+from ..graph.kv_format import Partition
+from ..graph.program import KVLayer, Program
+from ..graph.sites import role
+from ..graph.splice import splice
+from .kv_rows import gathered, output, rows_of, set_lengths
+from .kv_store import StoreKV
+from .reduce import share
+from .taps import ATTENTION, last_valid
+
+F = torch.ops.foveate
+LO = "lo"
+Code = Literal["float", "int8", "int4", "int2", "fp8", "sign", "fsq4"]
+Share = Annotated[float, Ge(0), Le(1)]
+
+
+@dataclass(frozen=True)
+class MixedKV(StoreKV):
+    """hi, lo: the codes. important: the share of tokens that are stored as `hi`, to a thousandth, rounded up.
+
+    text: only visual tokens are demoted, and the share is of them; false: of all tokens. sinks, recent: the first and last tokens of the
+    prompt rank before all others. A sliding-window layer keeps every row as `hi`: its rows are known by their places.
+    """
+
+    hi: Code = "int8"
+    lo: Code = "int4"
+    important: Share = 0.5
+    text: bool = True
+    sinks: Annotated[int, Ge(0)] = 4
+    recent: Annotated[int, Ge(0)] = 16
+
+    limit: ClassVar[Callable[..., Tensor] | None] = None  # a method's own: (self, **taps) -> [B], how many tokens the data ask for
+
+    @abstractmethod
+    def importance(self, **taps: Any) -> Tensor:
+        """-> [B, T], larger is more important
+
+        May read, by the names of its arguments: q, k, v, mask, scale, causal, softcap of the layer's own attention; visual, valid [B, T]; and
+        pool[B, T]: the tokens that may be demoted.
+        """
+
+    def partitions(self, entry: KVLayer) -> tuple[Partition, ...]:
+        return (self.high(), *(() if entry.window else (self.low(),)))
+
+    def high(self) -> Partition:
+        return Partition(code=self.hi, centred=self.hi not in ("float", "int8", "fp8"))
+
+    def low(self) -> Partition:
+        return Partition(LO, self.lo, centred=self.lo not in ("float", "int8", "fp8"))
+
+    def widen(self, part: Partition) -> float:
+        return 1.1 if not part.name and part.code == "int8" else 1.0
+
+    def prefill(self, program: Program, entry: KVLayer, parts: tuple[Partition, ...]) -> None:
+        if len(parts) == 1:
+            super().prefill(program, entry, parts)
+            return
+        stage, rows = program["prefill"], rows_of(program, entry)
+        important, n_hi, n_lo = self.split(program, rows.attention)
+        masks = splice(stage, output(stage), _masks, important, rows.index, rows.valid)
+        for part, mask, size in zip(parts, masks, (n_hi, n_lo), strict=True):
+            k, v, held, count = splice(stage, output(stage), gathered, rows.k, rows.v, mask, size)
+            for which, node in (("k", k), ("v", v)):
+                self.emit(stage, entry, which, node, held, part, f"{self.name}.{entry.layer}", rows.attention.args[0])
+            set_lengths(program, entry, part, count)
+
+    def split(self, program: Program, attention: Node) -> tuple[Node, Any, Any]:
+        """important[B, T] bool over the rows that the layer attends with; bounds on the important and on the other rows."""
+        stage = program["prefill"]
+        q, k, v, mask, _, _, scale, causal, _, softcap, _ = attention.args
+        taps = dict(zip(ATTENTION, (q, k, v, mask, scale, causal, softcap), strict=True))
+        taps |= {name: role(program, name, attention) for name in ("visual", "valid")}
+        sizes = [stage.placeholder("input_ids"), stage.placeholder(program.facts.features[0])]
+
+        def choose(ids: Tensor, features: Tensor, *values: Any) -> tuple[Tensor, Any, Any]:
+            return self.choose(dict(zip(taps, values, strict=True)), ids.shape[1] - features.shape[1])
+
+        return splice(stage, attention.next, choose, *sizes, *taps.values())
+
+    def choose(self, read: dict[str, Any], words: Any) -> tuple[Tensor, Any, Any]:
+        """From the taps, and the largest number of text tokens of a sample, to `split`."""
+        visual, valid = read["visual"], read["valid"]
+        text = words if self.text else 0
+        pool, size = visual & valid if self.text else valid, valid.shape[1] - text
+        read["pool"] = pool
+        score = _call(self.importance, read).float()
+        bound, budget = share(self.important, size), share(self.important, pool.sum(1))
+        if self.limit:
+            budget = torch.minimum(budget, _call(self.limit, read))
+        at = torch.arange(valid.shape[1], device=valid.device)[None]
+        first = torch.where(valid, at, valid.shape[1]).amin(1, keepdim=True)
+        always = (at < first + self.sinks) | (at > last_valid(valid) - self.recent)
+        score = torch.where(pool, torch.where(always, float("inf"), score), float("-inf"))
+        best = F.top_tokens(score, bound, budget) & pool
+        return valid & (~pool | best), bound + text, size if self.limit else size - bound
+
+
+def _call(method: Callable[..., Tensor], read: dict[str, Any]) -> Tensor:
+    return method(**{n: read[n] for n in inspect.signature(method).parameters})
+
+
+def _masks(important: Tensor, index: Tensor | None, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """For rows that were gathered by `index` since: which are important, and which are not."""
+    important = important if index is None else F.keep_tokens(important, index)
+    return important & valid, valid & ~important
+
