@@ -106,7 +106,7 @@ class Row:
     baseline: float
     candidate: float
     difference: float
-    lower: float  # each end of the interval holds with the rule's confidence
+    lower: float  # each end of the interval is for the rule's confidence; a verdict asks for a little more (stats.tails)
     upper: float
     candidate_interval: tuple[float, float]
     gains: int
@@ -358,6 +358,11 @@ def _open(row: Row, rule: Rule) -> str:
         f"{row.name}: difference {points(row.difference)} points [{points(row.lower)}, {points(row.upper)}] does not "
         f"decide a margin of {points(row.margin)} with {row.n} items"
     )
+    if row.n >= MINIMUM and row.lower > -row.margin:
+        seen = (
+            f"{row.name}: the interval [{points(row.lower)}, {points(row.upper)}] only just clears the margin of {points(row.margin)} with "
+            f"{row.n} items, and a verdict may not be wrong more often than it says (p {row.p_pass:.3f})"
+        )
     if row.n < MINIMUM:
         seen = f"{row.name}: {row.n} items are too few to judge (at least {MINIMUM})"
     more = [

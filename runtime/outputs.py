@@ -80,7 +80,7 @@ def markdown(verdict: Verdict, agreement: Agreement | None = None, title: str = 
         f"{MARKS[r.status]} {r.status.value} |"
         for r in verdict.rows
     ]
-    out += ["", f"Points of the score; each end of an interval holds with {rule.confidence:.0%} confidence; margin {points(rule.margin)}."]
+    out += ["", f"Points of the score; each end of an interval is for {rule.confidence:.0%} confidence; margin {points(rule.margin)}."]
     if verdict.missing_guards:
         out.append(f"The data has no items for the guards {', '.join(verdict.missing_guards)}.")
     if verdict.latency:
