@@ -27,13 +27,13 @@ def places(b: Builder, name: str, val: Tensor, axis: int) -> str:
     return b.op("Range", b.const(0, I64), b.op("Squeeze", b.dim_of(name, val, axis), b.ints(0)), b.const(1, I64))
 
 
-def top_tokens(b: Builder, n: Node, score: Node, k: int, budget: Node | None) -> str:
+def top_tokens(b: Builder, n: Node, score: Node, k: Any, budget: Node | None) -> str:
     """TopK breaks ties by the lower index, as the op does; its indices are scattered into a row of False."""
     value = b.cast(b(score), dtype(score), F32)
     value = b.op("Where", b.op("IsNaN", value), b.const(float("-inf"), F32), value)
     size = score.meta["val"].shape[1]
-    fits = isinstance(size, int) and size >= k
-    count = b.ints(k) if fits else b.op("Min", b.ints(k), b.dim(score, 1))
+    fits = isinstance(size, int) and isinstance(k, int) and size >= k
+    count = b.ints(k) if fits else b.op("Min", b.size(k), b.dim(score, 1))
     best = b.op("TopK", value, count, axis=1, outputs=2)[1]
     if budget is None:
         taken = b.op("ConstantOfShape", b.op("Shape", best), value=b.scalar(True))
