@@ -80,7 +80,7 @@ def test_equals_the_unreduced_program_given_the_same_rows(name):
             whole = helpers.toy()["vision"].run({"pixel_values": pictures(sum(images), 1)})["image_features"].view(-1, 6, helpers.WIDTH)
         rows = torch.cat([x[[i for i in kept if i >= 0]] for x, kept in zip(whole, seen["kept.vision"].tolist(), strict=True)])
         for b, part in enumerate(torch.split(rows, [KEEP * i for i in images])):
-            helpers.close(feed["image_features"][b, : len(part)], part)
+            torch.testing.assert_close(feed["image_features"][b, : len(part)], part, rtol=1e-5, atol=1e-5)  # matmul blocking
             feed["image_features"][b, : len(part)] = part
     got, want = found["prefill"].run(feed), helpers.toy()["prefill"].run(feed)
     assert torch.equal(got["logits"], want["logits"])  # a method at the vision side leaves the language model alone
