@@ -80,6 +80,7 @@ def optimize_model(
     images: Sequence[Any] | None = None,
     text_tokens: int = TEXT_TOKENS,
     overwrite: bool = False,
+    golden: bool = True,
     progress: Progress | None = None,
     **options: Any,
 ) -> OptimizedModel:
@@ -88,6 +89,7 @@ def optimize_model(
     model: a folder or hub id, or a loaded transformers model (then pass its processor). recipe: a name, a YAML file, inline text
     ("drop-fastv{layer=2,keep=64}"), a list of passes, or None for no reduction. overrides: {"keep": 32} or {"drop-fastv.layer": 3}.
     images: pictures that fix the geometry of families that need one. options: the target's own (see `foveate doctor`).
+    golden: keep a tiny example per stage with its results, for `foveate check`.
     Nothing is left behind when anything fails. Raises a FoveateError.
     """
     say = progress or (lambda stage, line: None)
@@ -117,13 +119,30 @@ def optimize_model(
             raise GraphError("optimize: a loaded model was given without its processor; pass processor= (the artifact needs it to run)")
     temporary = tempfile.TemporaryDirectory(prefix="foveate-") if output is None else None
     path = Path(temporary.name, "artifact") if temporary else Path(output)
+    build(plan, path, backend, settings, overwrite=overwrite, golden=golden, progress=say)
+    return OptimizedModel(path, plan.report, list(plan.program.history), _temporary=temporary)
+
+
+def build(
+    plan: Plan,
+    path: Path,
+    backend: Backend,
+    settings: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    golden: bool = True,
+    progress: Progress = lambda stage, line: None,
+) -> None:
+    """Lower a plan and save it as an artifact. Nothing is left behind when anything fails."""
     with _fails_as(BUILD), Artifact.create(path, overwrite) as draft:
-        say("lower", f"{target}: writing components")
+        progress("lower", f"{backend.name}: writing components")
         draft.manifest["components"] = backend.lower(plan.program, draft.folder, settings)
         _save_sources(draft, plan)
-        _fill_manifest(draft, plan, target, settings)
-        say("save", f"{path}")
-    return OptimizedModel(path, plan.report, list(plan.program.history), _temporary=temporary)
+        if golden:
+            progress("golden", "a tiny example of every stage, for `foveate check`")
+            _save_golden(draft, plan.program)
+        _fill_manifest(draft, plan, backend.name, settings)
+        progress("save", f"{path}")
 
 
 def forecast(
@@ -220,6 +239,16 @@ def _save_sources(draft: Draft, plan: Plan) -> None:
     plan.processor.save_pretrained(draft.folder)
     draft.write("recipe.yaml", plan.recipe.yaml())
     draft.write("reports/forecast.json", json.dumps(plan.report.as_dict(), indent=1))
+
+
+def _save_golden(draft: Draft, program: Program) -> None:
+    from .golden import record
+    from .runtime.golden import write
+
+    try:
+        write(draft.folder, record(program))
+    except FoveateError as error:
+        raise LowerError(f"{error}; golden=False (--no-golden) builds without the example") from error
 
 
 def _fill_manifest(draft: Draft, plan: Plan, target: str, settings: Mapping[str, Any]) -> None:

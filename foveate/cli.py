@@ -1,4 +1,4 @@
-"""The command line: foveate optimize | run | bench | inspect | passes | recipes | doctor | dump.
+"""The command line: foveate optimize | run | check | bench | inspect | passes | recipes | doctor | dump, and the judge's.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 success, 1 verdict FAIL or numbers differ, 2 wrong usage, 3 not possible here
 (model, machine, damaged artifact), 4 inconclusive, 5 the build failed, 130 interrupted. Never 0 without the artifact.
@@ -53,6 +53,7 @@ def optimize(
     image: Pictures = None,
     text_tokens: Annotated[int, typer.Option(help="prompt length that the forecast assumes")] = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing artifact")] = False,
+    golden: Annotated[bool, typer.Option("--golden/--no-golden", help="keep a tiny example with its results, for `foveate check`")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="forecast only: no weights are read, nothing is lowered or written")] = False,
     save_recipe: Annotated[Path | None, typer.Option(help="write the recipe with its overrides to this YAML file")] = None,
     plugin: PluginOption = None,
@@ -83,6 +84,7 @@ def optimize(
                 images=pictures,
                 text_tokens=text_tokens,
                 overwrite=overwrite,
+                golden=golden,
                 progress=progress,
                 **_values(options),
             )
