@@ -1,4 +1,4 @@
-"""The judge's commands: foveate eval | gate | report | bisect. `register(app)` adds them to the command line."""
+"""The judge's commands: foveate eval | gate | report | bisect | check. `register(app)` adds them to the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GAP_ITEMS = 32  # on which the log-likelihood gap is measured
 
 
 def register(app: typer.Typer) -> None:
-    for name, command in (("eval", evaluate), ("gate", gate), ("report", report), ("bisect", bisect)):
+    for name, command in (("eval", evaluate), ("gate", gate), ("report", report), ("bisect", bisect), ("check", check)):
         app.command(name)(command)
 
 
@@ -453,6 +453,31 @@ def _steps(artifact: Path, model: str, folder: Path) -> list[Any]:
     if loaded.target not in ("ort", "eager"):
         steps.append(Step("ort", "lowering", build(len(recipe.steps), "ort")))
     return [*steps, Step(f"{loaded.target} (the artifact)", "lowering", lambda: load(artifact))]
+
+
+def check(
+    artifact: Annotated[Path, typer.Argument(help="artifact folder")],
+    limit: Annotated[float | None, typer.Option(help="largest relative difference of every output; default: by the artifact's precision")] = None,
+    plugin: Annotated[list[Path] | None, typer.Option("--plugin", help="python file or folder that adds targets")] = None,
+    as_json: Json = False,
+) -> None:
+    """Replay the golden files of an artifact on this machine: 0 as when it was made, 1 numbers differ, 3 it cannot run here."""
+    from .cli import _plugins
+    from .export.artifact import Artifact
+    from .export.backends.base import find
+    from .runtime import golden
+
+    if limit is not None and not 0 < limit < 1:
+        raise GateError(f"check: limit is {limit:g}; it must lie between 0 and 1")
+    _plugins(plugin)
+    loaded = Artifact.load(artifact)
+    engine = find(loaded.target).open(loaded)
+    try:
+        found = golden.check(engine, loaded.path, loaded.manifest, limit)
+    finally:
+        engine.close()
+    _json(found.as_dict()) if as_json else _say(str(found))
+    raise typer.Exit(0 if found.ok else 1)
 
 
 # -- small things
