@@ -276,7 +276,7 @@ IN_TOWER = ("merge-tome", "prune-elip", "prune-objects")
 
 
 def plan() -> list[Config]:
-    """Every configuration, in the order in which it is measured: 25% first, the controls before the methods."""
+    """Every configuration, in the order in which it is measured: 25% first, controls before methods, single cuts to other budgets last."""
     found = {n: c for n, c in reductions().items() if n not in UNMEASURED}
     names = sorted(found, key=lambda n: (n not in CONTROLS, n))
     out = []
@@ -287,7 +287,7 @@ def plan() -> list[Config]:
             elif issubclass(found[name], Reduce):
                 out += inside(name, budget, found[name])
         out += [c for c in others() if (c.budget or 0.5) == budget]
-    return out
+    return sorted(out, key=lambda c: c.section in CUTS and c.budget != 0.25)
 
 
 def unplanned() -> list[str]:
