@@ -14,6 +14,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ..graph.errors import FoveateError
 from ..graph.program import Program
 
+SHAPES = {
+    "fixed": "every count follows from the parameters",
+    "split": "the total is fixed, the data split it over views, crops or stretches",
+    "bound": "the data set the count; shapes hold the largest, the rest is filler that nothing attends to",
+    "": "no token goes",
+}
 PASSES: dict[str, type[Pass]] = {}
 
 
@@ -27,6 +33,8 @@ class Pass(ABC):
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    place: ClassVar[str] = "graph"  # what it works on: vision (tower's output), tower (inside it), llm, cache, graph (anything else)
+    shapes: ClassVar[str] = ""  # for what drops tokens: when the counts are known; see SHAPES
     may_be_idle: ClassVar[bool] = False  # changing nothing is a normal outcome (clean-ups), not a recipe that does nothing
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

@@ -56,6 +56,8 @@ class Reduce(Pass):
     BOOK     original positions, order kept, KV entry(layer)
     """
 
+    place: ClassVar[str] = "llm"
+    shapes: ClassVar[str] = "fixed"
     exact: ClassVar[bool] = True  # keeps exactly the budget; False: the budget is a bound and the data decide
     everything: ClassVar[dict[str, Any]] = {}  # parameters under which the data ask for every token, so that the budget alone decides
     of_prompt: ClassVar[bool] = False  # a share is of the visual tokens in the prompt, or (False) of those left at the site

@@ -42,6 +42,8 @@ class VisionReduce(Pass):
 
     keep: Keep
 
+    place: ClassVar[str] = "vision"
+    shapes: ClassVar[str] = "fixed"
     after_projector: ClassVar[bool] = False
     views: ClassVar[bool] = False  # works on the thumbnail and the crops of a picture, where a family packs them into one
 

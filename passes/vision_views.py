@@ -42,6 +42,7 @@ class VisionViews(VisionSelect):
     in the padding is nobody's, and newline tokens all stay or all go (`newlines`).
     """
 
+    shapes: ClassVar[str] = "split"
     views: ClassVar[bool] = True
     newlines: ClassVar[bool] = False
 

@@ -20,9 +20,10 @@ class BypassMod(Bypass):
         s = mean_h attention_rows(q, k, last valid row)                          (the layer before)
         i = compact(text or top(-rank of s within the image, keep));  h' = scatter_tokens(h, layer(h[i], masks[i], cos[i], ...))
 
-    Wu et al., "VideoLLM-MoD", NeurIPS 2024 (section 3.3): 20 % per frame, every other layer. Its router is a trained vector per layer, for
-    which no weights are published; attention stands in for it here, and kept tokens are not weighted by their score. Any K/V of a layer are
-    those that took part.
+    Wu et al., "VideoLLM-MoD", NeurIPS 2024 (section 3.3): 20 % per frame, every other layer. Its router is a trained vector per layer, for which no
+    weights are published; attention stands in for it here, and kept tokens are not weighted by their score. Any K/V of a layer are those that took
+    part.
+    One mode: nothing is published to be in parity with.
     """
 
     name: ClassVar[str] = "bypass-mod"

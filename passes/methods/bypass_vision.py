@@ -26,15 +26,16 @@ class BypassVision(Pass):
     rewrite, in every vision layer l of `layers` with its share `keep`:
         stays = CLS and top(score, keep n);  x[images, T, D] -> scatter_tokens(x, layer(keep_tokens(x, stays)), stays)
 
-    Liu et al., "Revisiting Token Pruning for Object Detection and Instance Segmentation" (WACV 2024): dense outputs keep every token. The
-    published
-    selector is a trained two-logit MLP per layer with a rate per picture; here the score is the attention of the layer before (of its CLS
-    token,
-    else what a token receives) and the rate is fixed: 0.7, 0.49, 0.343 over three groups of layers.
+    Liu et al., "Revisiting Token Pruning for Object Detection and Instance Segmentation" (WACV 2024): dense outputs keep every token. The published
+    selector is a trained two-logit MLP per layer with a rate per picture; here the score is the attention of the layer before (of its CLS token, else
+    what a token receives) and the rate is fixed: 0.7, 0.49, 0.343 over three groups of layers.
+    One mode: the published selector needs its trained weights, so there is nothing to be in parity with.
     """
 
     name: ClassVar[str] = "bypass-vision"
     paper: ClassVar[str] = "arXiv:2306.07050"
+    place: ClassVar[str] = "tower"
+    shapes: ClassVar[str] = "fixed"
 
     layers: tuple[int, ...] = (3, 4, 5, 6, 7, 8, 9, 10, 11)
     keep: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.7, 0.7, 0.7, 0.49, 0.49, 0.49, 0.343, 0.343, 0.343)

@@ -20,10 +20,9 @@ class DropDart(Select):
         for each pivot, in order: the next keep / 8 visual tokens with the lowest cos(norm(h), norm(h[pivot])) among those not yet taken
         i = compact(text or taken);  every value crossing into `layer` is gathered by i
 
-    Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", 2025 (section 4). Defaults:
-    layer 2, 4 + 4 pivots. mode: fixed keeps exactly `keep`, pivots among them, and visits visual pivots before those of the question, by
-    position; parity keeps pivots + 8 floor(keep / 8), as the published code does; that one visits pivots in the order of a Python set,
-    which is ours below position 32.
+    Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", 2025 (section 4). Defaults: layer 2, 4 +
+    4 pivots. mode: fixed keeps exactly `keep`, pivots among them, and visits visual pivots before those of the question, by position; parity keeps
+    pivots + 8 floor(keep / 8), as the published code does; that one visits pivots in the order of a Python set, which is ours below position 32.
     """
 
     name: ClassVar[str] = "drop-dart"

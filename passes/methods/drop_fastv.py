@@ -18,8 +18,9 @@ class DropFastV(Select):
         i = compact(text or top(mean_h p, keep));  every value crossing into `layer` is gathered by i
 
     Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024 (section 4). Defaults: layer 2, half of the tokens.
-    Differences from the published code: batches and several images, original positions for the kept tokens (as in its inference path), and the
-    cache of the layers before `layer` keeps every token.
+    Differences from the published code: batches and several images, original positions for the kept tokens (as in its inference path), and the cache
+    of the layers before `layer` keeps every token.
+    One mode: on one image and one sample both choose the same tokens; the differences above are no quirks worth keeping.
     """
 
     name: ClassVar[str] = "drop-fastv"

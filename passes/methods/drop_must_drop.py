@@ -24,14 +24,16 @@ class DropMustDrop(Staged):
         need = max(sum_r a / (global_share sum_rj a), max_r a / individual);  i = compact(text or top(need, min(#(need >= 1), keep)))
         k.l, v.l of the cache, first of `layers` <= l < last  ->  gathered by what the last stage kept       (evict: true)
 
-    Liu et al., "Multi-Stage Vision Token Dropping", 2024 (sections 3.3, 3.4). Defaults: after layers 2, 6, 10, 14, thresholds of its
-    192-token setting. The count is data, the shape is its bound `keeps`, rows beyond it are filler. Not here: the vision stage (a vision
-    method merges its windows), and the key set that the CLS token saves. The published code renumbers positions, so that its evicted rows
-    no longer fit: ours are the original ones.
+    Liu et al., "Multi-Stage Vision Token Dropping", 2024 (sections 3.3, 3.4). Defaults: after layers 2, 6, 10, 14, thresholds of its 192-token
+    setting. The count is data, the shape is its bound `keeps`, rows beyond it are filler. Not here: the vision stage (a vision method merges its
+    windows), and the key set that the CLS token saves. The published code renumbers positions, so that its evicted rows no longer fit: ours are the
+    original ones.
+    One mode: with the same thresholds both keep the same tokens; the renumbered positions are not reproduced.
     """
 
     name: ClassVar[str] = "drop-must-drop"
     paper: ClassVar[str] = "arXiv:2411.10803"
+    shapes: ClassVar[str] = "bound"
     exact: ClassVar[bool] = False
     everything: ClassVar[dict[str, Any]] = {"individual": 0.0}
 

@@ -17,11 +17,9 @@ class DropPyramid(Staged):
         p[B, H, 1, T] = attention_rows(q of the last valid row, k)    (both projected by layer k itself, from the stream before its cut)
         i = compact(text or top(mean_h p, keep));  every value crossing into layer k is gathered by i
 
-    Xing et al., "PyramidDrop", CVPR 2025 (section 3.2). Defaults: half, a quarter, an eighth of the prompt's visual tokens from layers 8,
-    16, 24.
-    mode: fixed rounds shares up and keeps original positions; parity rounds down, as int(N ratio) of the published code does. Its
-    renumbered positions after every stage (with decode ids to match) are not reproduced. Only one row's query is projected; k costs one
-    projection per stage.
+    Xing et al., "PyramidDrop", CVPR 2025 (section 3.2). Defaults: half, a quarter, an eighth of the prompt's visual tokens from layers 8, 16, 24.
+    mode: fixed rounds shares up and keeps original positions; parity rounds down, as int(N ratio) of the published code does. Its renumbered
+    positions after every stage (with decode ids to match) are not reproduced. Only one row's query is projected; k costs one projection per stage.
     """
 
     name: ClassVar[str] = "drop-pyramid"

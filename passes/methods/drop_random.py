@@ -17,8 +17,8 @@ class DropRandom(Select):
     rewrite:
         i = compact(text or top(hash(visual_index, seed), keep));  every value crossing into `layer` is gathered by i
 
-    The score is integer arithmetic on the token's rank among the visual tokens (two rounds of a Lehmer generator), since a random op would give
-    each backend its own picture.
+    The score is integer arithmetic on the token's rank among the visual tokens (two rounds of a Lehmer generator), since a random op would give each
+    backend its own picture.
     """
 
     name: ClassVar[str] = "drop-random"

@@ -19,11 +19,10 @@ class DropSparseVlm(Staged):
         best = top(s, keep);  of the p dropped, the int(0.3 p) + 1 best form DPC-kNN clusters, a tenth as many, and one
         h[centre of a cluster] = mean of the cluster;  every value crossing into the layer is gathered by compact(text or best or centres)
 
-    Zhang et al., "SparseVLM", ICML 2025. Defaults: v1.5's list for 192 tokens, after layers 2, 6, 15 (recipes: 192, 128, 96, 64); the first
-    version's rank rule is those lists, chosen by the host. A merged token stands at its centre's place and position; the published code
-    appends it behind the kept ones and renumbers positions, which is not reproduced. recycle: false drops the rest.
-    mode: fixed breaks ties of the clustering by order (the published code adds noise); parity also drops at least one token per stage, as
-    it does.
+    Zhang et al., "SparseVLM", ICML 2025. Defaults: v1.5's list for 192 tokens, after layers 2, 6, 15 (recipes: 192, 128, 96, 64); the first version's
+    rank rule is those lists, chosen by the host. A merged token stands at its centre's place and position; the published code appends it behind the
+    kept ones and renumbers positions, which is not reproduced. recycle: false drops the rest.
+    mode: fixed breaks ties of the clustering by order (the published code adds noise); parity also drops at least one token per stage, as it does.
     """
 
     name: ClassVar[str] = "drop-sparse-vlm"

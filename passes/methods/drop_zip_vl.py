@@ -18,14 +18,15 @@ class DropZipVl(Staged):
         a = sum_h attention_columns(q, k, weight 1 on valid rows)                              (the layer before each of `layers`)
         n = min{n : the n largest a hold mass * sum a};  i = compact(text or top(a / rows that can see the token, min(n, keep)))
 
-    He et al., "ZipVL", 2024 (section 4). The count is data, the shape is its bound `keep`: rows beyond n are filler that no layer attends
-    to.
-    buckets: round n up to the next of these, so that a host that holds one engine per bucket meets few sizes. No code is published: what
-    the paper calls important tokens is reduced here to the visual ones, and the rest is dropped (its second version evicts them too).
+    He et al., "ZipVL", 2024 (section 4). The count is data, the shape is its bound `keep`: rows beyond n are filler that no layer attends to.
+    buckets: round n up to the next of these, so that a host that holds one engine per bucket meets few sizes. No code is published: what the paper
+    calls important tokens is reduced here to the visual ones, and the rest is dropped (its second version evicts them too).
+    One mode: no code is published.
     """
 
     name: ClassVar[str] = "drop-zip-vl"
     paper: ClassVar[str] = "arXiv:2410.08584"
+    shapes: ClassVar[str] = "bound"
     exact: ClassVar[bool] = False
     everything: ClassVar[dict[str, Any]] = {"mass": 1.0}
 

@@ -16,14 +16,15 @@ class ExitVision(Reduce):
     rewrite:
         h[B, T, D], masks, cos, sin, ...  ->  i = compact(text)[B, T - n + 1], and each of them gathered by i
 
-    DyVTE (Wu et al., "Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit", 2024) trains a router per layer to say
-    when. Here the layer is fixed, and `passes.exit_layers` finds it from unlabeled prompts; the default is two thirds of a 24-layer
-    decoder. Original positions and entry(layer) KV, as in the published code. One row is left over for a prompt that ends with an image.
+    DyVTE (Wu et al., "Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit", 2024) trains a router per layer to say when. Here
+    the layer is fixed, and `passes.exit_layers` finds it from unlabeled prompts; the default is two thirds of a 24-layer decoder. Original positions
+    and entry(layer) KV, as in the published code. One row is left over for a prompt that ends with an image.
+    One mode: with the layer given, both drop the same tokens; the trained routers are not here.
     """
 
     name: ClassVar[str] = "exit-vision"
     paper: ClassVar[str] = "arXiv:2411.19628"
-    exact: ClassVar[bool] = False
+    exact: ClassVar[bool] = False  # one row stays where a prompt ends with an image
 
     layer: Layer = 16
 

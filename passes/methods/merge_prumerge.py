@@ -23,15 +23,12 @@ class MergePruMerge(VisionMerge):
         chosen
         merge_tokens(patches, those weights)[images, keep] -> projector
 
-    Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models" (ICCV 2025). The weights a_j are not
-    normalised.
-    Reads the last vision layer that the features come from; the published code reads the one behind it, which a captured tower does not
-    have.
-    fixed: `keep` tokens with the summary, `uniform` of them evenly spaced (PruMerge+), in reading order. How many tokens are outliers
-    varies per
+    Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models" (ICCV 2025). The weights a_j are not normalised.
+    Reads the last vision layer that the features come from; the published code reads the one behind it, which a captured tower does not have.
+    fixed: `keep` tokens with the summary, `uniform` of them evenly spaced (PruMerge+), in reading order. How many tokens are outliers varies per
     picture, and a compiled prompt does not: the count is the budget.
-    parity: the published count (attention above Q3 + 1.5 IQR, pooled over the batch) and order (by attention, then the grid of PruMerge+ if
-    uniform > 0, then the summary); rows up to `keep` are zeros.
+    parity: the published count (attention above Q3 + 1.5 IQR, pooled over the batch) and order (by attention, then the grid of PruMerge+ if uniform >
+    0, then the summary); rows up to `keep` are zeros.
     """
 
     name: ClassVar[str] = "merge-prumerge"

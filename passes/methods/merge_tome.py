@@ -31,14 +31,15 @@ class MergeToMe(Pass):
         a = tokens at even places (CLS among them, immune), b = those at odd ones;  each a has its nearest b (cosine of the mean key)
         x[images, T, D]  ->  [a without its r closest | b, each with its a's merged in, weighted by how many patches each stands for]
 
-    Bolya et al., "Token Merging: Your ViT But Faster" (ICLR 2023). r per layer, the same in all (inflect 0), falling (-1) or rising (1)
-    over depth; at most
-    half of the tokens. proportional: attention logits get + log(patches a token stands for), as for trained models.
+    Bolya et al., "Token Merging: Your ViT But Faster" (ICLR 2023). r per layer, the same in all (inflect 0), falling (-1) or rising (1) over depth;
+    at most half of the tokens. proportional: attention logits get + log(patches a token stands for), as for trained models.
     fixed: tokens leave the tower in the order of the patches they stand for. parity: in the order of the merging.
     """
 
     name: ClassVar[str] = "merge-tome"
     paper: ClassVar[str] = "arXiv:2210.09461"
+    place: ClassVar[str] = "tower"
+    shapes: ClassVar[str] = "fixed"
 
     r: Annotated[int, Ge(1)] = 16
     inflect: Annotated[float, Field(ge=-1, le=1)] = 0.0

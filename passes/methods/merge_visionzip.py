@@ -21,8 +21,7 @@ class MergeVisionZip(VisionMerge):
         of the others, every s-th is a target (s = n_rest // c), and the rest goes to the target with the most similar key (mean over heads)
         merge_tokens(patches, [one row per dominant token; one row per target]) -> projector
 
-    Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models" (CVPR 2025). 64 = 54 + 10, 128 = 108 + 20, 192 =
-    162 + 30.
+    Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models" (CVPR 2025). 64 = 54 + 10, 128 = 108 + 20, 192 = 162 + 30.
     fixed: a contextual token is the mean of its target and what was assigned to it; patches only.
     parity: it is the target plus the mean of the assigned ones (about twice the norm), and the CLS token is the first dominant token.
     """

@@ -18,15 +18,11 @@ class PruneCDPruner(VisionSelect):
         r = minmax(sign cos(tokens, text));  K[a, b] = r[a] cos(token a, token b) r[b]
         i = sort(dpp_tokens(K, keep));  keep_tokens(projected tokens, i)
 
-    Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs" (NeurIPS 2025). The
-    published code
-    takes the relevance from CLIP's text tower (sign -1: CLIP's patches are less like the text where they matter). A VLM has no such tower:
-    with
-    relevance "text" the vision stage gets the input `text`[images, D], the mean of the unit text vectors in the space of the projected
-    tokens
-    (sign +1 for the language model's own embeddings); with "none" all tokens are equally relevant.
-    fixed: relevance is scaled per image, gains stay positive. parity: it is scaled over the whole batch, and a kernel of too low rank
-    gives NaN.
+    Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs" (NeurIPS 2025). The published code
+    takes the relevance from CLIP's text tower (sign -1: CLIP's patches are less like the text where they matter). A VLM has no such tower: with
+    relevance "text" the vision stage gets the input `text`[images, D], the mean of the unit text vectors in the space of the projected tokens (sign
+    +1 for the language model's own embeddings); with "none" all tokens are equally relevant.
+    fixed: relevance is scaled per image, gains stay positive. parity: it is scaled over the whole batch, and a kernel of too low rank gives NaN.
     """
 
     name: ClassVar[str] = "prune-cdpruner"

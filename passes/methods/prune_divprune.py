@@ -16,11 +16,9 @@ class PruneDivPrune(VisionSelect):
     rewrite:
         i = sort(farthest_tokens(projected tokens, keep));  keep_tokens(projected tokens, i)
 
-    Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models" (CVPR 2025): greedy max-min over cosine
-    distances.
+    Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models" (CVPR 2025): greedy max-min over cosine distances.
     Needs no attention: any tower. Default: 9.8% of the tokens.
-    fixed: a token is chosen once. parity: where all others duplicate a chosen token, the published code chooses one again; the output
-    repeats it.
+    fixed: a token is chosen once. parity: where all others duplicate a chosen token, the published code chooses one again; the output repeats it.
     """
 
     name: ClassVar[str] = "prune-divprune"

@@ -27,15 +27,16 @@ class PruneElip(Pass):
         x' = x with CLS' = own CLS + (1 - own) text, through the next `ahead` layers;  a = mean_h attention of its CLS in the last of them
         x[images, T, D]  ->  [CLS | top(a, floor(n keep)) of x in order | sum of a_j x_j over the others, a scaled to sum 1]
 
-    Guo et al., "ELIP: Efficient Language-Image Pre-training with Fewer Vision Tokens" (2023): ViT-B layers 2, 4, 10, ahead 2, 6, 2, keep
-    0.9, 0.65, 0.4.
-    The text vector is an input of the vision stage, text[images, Dv], in the space of the vision tower (the paper: a jointly trained text
-    encoder).
-    The looking ahead runs those layers twice; the gain is in the language model, not in the tower.
+    Guo et al., "ELIP: Efficient Language-Image Pre-training with Fewer Vision Tokens" (2023): ViT-B layers 2, 4, 10, ahead 2, 6, 2, keep 0.9, 0.65,
+    0.4. The text vector is an input of the vision stage, text[images, Dv], in the space of the vision tower (the paper: a jointly trained text
+    encoder). The looking ahead runs those layers twice; the gain is in the language model, not in the tower.
+    One mode: the same rows as the published code, given the same text vector.
     """
 
     name: ClassVar[str] = "prune-elip"
     paper: ClassVar[str] = "arXiv:2309.16738"
+    place: ClassVar[str] = "tower"
+    shapes: ClassVar[str] = "fixed"
 
     layers: tuple[int, ...] = (2, 4, 10)
     ahead: tuple[int, ...] = (2, 6, 2)

@@ -18,10 +18,10 @@ class PruneEvs(VisionSelect):
     rewrite:
         d[video, t, n] = 1 - cos(x_t, x_{t-1}), and 255 in frame 0;  i = compact(top(d over all frames, frames keep));  keep_tokens(x, i)
 
-    "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference" (2025). The vision stage is given the frames
-    as images:
-    `frames` consecutive images are one video and share the budget; the first frame stays whole where the budget allows. Default: 30% stay.
-    A prompt must place the frames of a video side by side: together they bring frames * keep tokens, but not the same number each.
+    "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference" (2025). The vision stage is given the frames as images:
+    `frames` consecutive images are one video and share the budget; the first frame stays whole where the budget allows. Default: 30% stay. A prompt
+    must place the frames of a video side by side: together they bring frames * keep tokens, but not the same number each.
+    One mode: the same tokens as the published code.
     """
 
     name: ClassVar[str] = "prune-evs"

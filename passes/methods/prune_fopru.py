@@ -19,12 +19,10 @@ class PruneFoPru(VisionSelect):
         by token: i = compact(top(c, keep));  by row: all tokens of the floor(keep / columns) rows with the largest sum
         keep_tokens(patches, i) -> projector
 
-    Jiang et al., "FoPru: Focal Pruning for Efficient Large Vision-Language Models" (2024). Needs no CLS token. No official code was found:
-    the layer
-    (the last one that the features come from) and the ratios are ours. The paper also averages over keys instead of queries; a softmax row
-    sums
-    to one, so that mean says nothing and is left out. By row, `keep` has to leave at least one row and whole rows: it is rounded down to
-    them.
+    Jiang et al., "FoPru: Focal Pruning for Efficient Large Vision-Language Models" (2024). Needs no CLS token. No official code was found: the layer
+    (the last one that the features come from) and the ratios are ours. The paper also averages over keys instead of queries; a softmax row sums to
+    one, so that mean says nothing and is left out. By row, `keep` has to leave at least one row and whole rows: it is rounded down to them.
+    One mode: no code is published.
     """
 
     name: ClassVar[str] = "prune-fopru"

@@ -22,10 +22,9 @@ class PruneGlobalCom2(VisionViews):
         the thumbnail keeps its top floor(keep);  crop c keeps floor(n_c min(1, keep/n (1 + p_c - 1/C))) by b_c/|b_c| + g_c/|g_c|,
         g_c = the thumbnail's b, resized to all crops (bilinear), cut to crop c;  keep_tokens(projected tokens, i)
 
-    Liu et al., "Compression with Global Guidance: Towards Training-free High-Resolution MLLMs Acceleration" (AAAI 2026); 25%, temperature
-    10. See VisionViews for rows and columns; newline tokens stay and count. A padded crop: g is resized to all crops, not to the unpadded part.
-    fixed: tokens that flooring leaves go to the best-scored ones anywhere. parity: they are lost (rows of zeros), the thumbnail's come by
-    falling b.
+    Liu et al., "Compression with Global Guidance: Towards Training-free High-Resolution MLLMs Acceleration" (AAAI 2026); 25%, temperature 10. See
+    VisionViews for rows and columns; newline tokens stay and count. A padded crop: g is resized to all crops, not to the unpadded part.
+    fixed: tokens that flooring leaves go to the best-scored ones anywhere. parity: they are lost (rows of zeros), the thumbnail's come by falling b.
     """
 
     name: ClassVar[str] = "prune-globalcom2"

@@ -21,10 +21,9 @@ class PruneHiRED(VisionViews):
         thumbnail + crops: the thumbnail gets `alpha` of the budget, each crop a part of the rest by how many of the thumbnail's most
         attended tokens (first vision layer) lie in it;  i = top by CLS attention (last layer) per view;  keep_tokens(patches, i)
 
-    Arif et al., "HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language Models" (AAAI 2025);
-    20%, alpha 0.5. See VisionViews for rows and columns; newline tokens go, as published.
-    fixed: a crop's part of the thumbnail is its rectangle, and what flooring or a full view leaves goes to the most attended tokens
-    anywhere.
+    Arif et al., "HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language Models" (AAAI 2025); 20%, alpha
+    0.5. See VisionViews for rows and columns; newline tokens go, as published.
+    fixed: a crop's part of the thumbnail is its rectangle, and what flooring or a full view leaves goes to the most attended tokens anywhere.
     parity: the published reshape takes stretches of the raster for crops, and leftovers are lost (rows of zeros at the end).
     """
 

@@ -29,6 +29,7 @@ class PruneHoloV(VisionSelect):
 
     name: ClassVar[str] = "prune-holov"
     paper: ClassVar[str] = "arXiv:2510.02912"
+    shapes: ClassVar[str] = "split"
     after_projector: ClassVar[bool] = True
 
     keep: Keep = 0.112

@@ -25,14 +25,16 @@ class PruneObjects(Pass):
     rewrite, at the entry of vision layer `layer` (positions are in the tokens already):
         i = top(saliency, floor(objects n)) and floor(context n) of the others;  keep_tokens(tokens, CLS and i)
 
-    Zhou et al., "How can objects help action recognition?" (CVPR 2023), the sampling part: 30% on objects, 10% context. The saliency map
-    is an input of
-    the vision stage, saliency[images, n], larger = on an object (the paper: heat maps of detected boxes, averaged per patch).
+    Zhou et al., "How can objects help action recognition?" (CVPR 2023), the sampling part: 30% on objects, 10% context. The saliency map is an input
+    of the vision stage, saliency[images, n], larger = on an object (the paper: heat maps of detected boxes, averaged per patch).
     Difference: the published context is drawn at random; here it is evenly spaced among the other patches, equal on every backend.
+    One mode: a random draw cannot be reproduced; see the difference above.
     """
 
     name: ClassVar[str] = "prune-objects"
     paper: ClassVar[str] = "arXiv:2306.11726"
+    place: ClassVar[str] = "tower"
+    shapes: ClassVar[str] = "fixed"
 
     objects: Annotated[float, Field(gt=0, le=1)] = 0.3
     context: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -16,10 +16,9 @@ class PruneVisionCls(VisionSelect):
         p[images, H, 1, 1 + n] = attention_rows(q, k, row 0)     (the last vision layer that the features come from)
         i = compact(top(mean_h p[1:], keep));  keep_tokens(patches, i) -> projector
 
-    The CLS score of FasterVLM (Zhang et al. 2024, section 3.2), 144, 58 or 29 patches of 576; ties go to the earlier patch, kept patches
-    stay in
-    reading order. The published code projects all patches and masks afterwards, which gives the same tokens. Towers without a CLS token
-    are refused.
+    The CLS score of FasterVLM (Zhang et al. 2024, section 3.2), 144, 58 or 29 patches of 576; ties go to the earlier patch, kept patches stay in
+    reading order. The published code projects all patches and masks afterwards, which gives the same tokens. Towers without a CLS token are refused.
+    One mode: the same tokens as the published code.
     """
 
     name: ClassVar[str] = "prune-vision-cls"

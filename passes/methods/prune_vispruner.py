@@ -21,10 +21,10 @@ class PruneVisPruner(VisionSelect):
         i = order[:important keep] with thin_tokens(patches, order[important keep:], the rest of keep, step), ascending
         keep_tokens(patches, i) -> projector
 
-    Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs" (ICCV 2025). Duplicates go
-    `step` at a
+    Zhang et al., "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs" (ICCV 2025). Duplicates go `step` at a
     time, the even half against the odd half of the candidates. Published settings: 128 patches with important 0.5, 64 with 0.75.
     Difference: the published loop fails on an odd number of candidates; here the even half may be one longer. Everything else is the same.
+    One mode: the same tokens as the published code wherever that runs.
     """
 
     name: ClassVar[str] = "prune-vispruner"

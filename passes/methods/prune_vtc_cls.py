@@ -17,9 +17,9 @@ class PruneVtcCls(VisionSelect):
         p_l[images, H, 1, 1 + n] = attention_rows(q_l, k_l, row 0)     for every vision layer l >= start
         i = compact(top(sum_l mean_h p_l[1:], keep));  keep_tokens(patches, i) -> projector
 
-    Wang et al., "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs" (2024). 256, 128 or 64 patches of 576. Which layer
-    to start
+    Wang et al., "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs" (2024). 256, 128 or 64 patches of 576. Which layer to start
     from is an argument of the published scripts without a recommended value; 0 sums all layers that the features come from.
+    One mode: the same tokens as the published code.
     """
 
     name: ClassVar[str] = "prune-vtc-cls"
