@@ -13,7 +13,8 @@ Errors, all with one clear sentence:
     ├── PassError       a pass or a recipe is unknown, wrong, or does not apply
     ├── LowerError      a program cannot be lowered, or an artifact is damaged
     ├── RunError        a request cannot be served: picture, prompt, option, machine
-    └── GateError       a verdict cannot be reached: items that do not match, an impossible demand
+    ├── GateError       a verdict cannot be reached: items that do not match, an impossible demand
+    └── DistillError    a program cannot be trained: nothing to train, data that does not fit, numbers that are not finite
 
 Names are looked up when they are used (PEP 562), so `import foveate` is instant and needs no torch.
 """
@@ -25,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import OptimizedModel, forecast, optimize_model
+    from .distill_error import DistillError
+    from .distillation import distill
     from .export.errors import LowerError
     from .graph.errors import FoveateError, GraphError
     from .passes.base import PassError
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "DistillError": ".distill_error",
     "FoveateError": ".graph.errors",
     "GateError": ".runtime.errors",
     "Generation": ".runtime.result",
@@ -47,6 +51,7 @@ _HOME = {
     "Report": ".report",
     "RunError": ".runtime.errors",
     "Session": ".runtime.session",
+    "distill": ".distillation",
     "forecast": ".api",
     "load": ".runtime.session",
     "load_plugin": ".plugins",
@@ -54,6 +59,7 @@ _HOME = {
 }
 
 __all__ = [
+    "DistillError",
     "FoveateError",
     "GateError",
     "Generation",
@@ -64,6 +70,7 @@ __all__ = [
     "Report",
     "RunError",
     "Session",
+    "distill",
     "forecast",
     "load",
     "load_plugin",

@@ -17,6 +17,8 @@ from .export.backends.base import Backend, find
 from .export.errors import LowerError
 from .graph.errors import FoveateError, GraphError
 from .graph.program import PassRecord, Program
+from .passes.base import PassError
+from .passes.insert import PREFIX, learned, load_weights, save_weights, settle
 from .passes.pipeline import run
 from .passes.recipe import Recipe
 from .passes.recipe import load as load_recipe
@@ -66,6 +68,7 @@ class Plan:
     processor: Any
     limits: list[str]
     source: str  # where the model came from: folder, hub id, or the class of a loaded one
+    learned: Mapping[str, Any] = field(default_factory=dict)  # what insertions learned, by name
 
 
 def optimize_model(
@@ -74,6 +77,7 @@ def optimize_model(
     *,
     target: str = "ort",
     output: str | Path | None = None,
+    weights: str | Path | None = None,
     dtype: str = "auto",
     overrides: Mapping[str, Any] | None = None,
     processor: Any = None,
@@ -88,7 +92,8 @@ def optimize_model(
 
     model: a folder or hub id, or a loaded transformers model (then pass its processor). recipe: a name, a YAML file, inline text
     ("drop-fastv{layer=2,keep=64}"), a list of passes, or None for no reduction. overrides: {"keep": 32} or {"drop-fastv.layer": 3}.
-    images: pictures that fix the geometry of families that need one. options: the target's own (see `foveate doctor`).
+    weights: the safetensors file that `foveate.distill` made for this recipe; needed where a recipe inserts learned tensors ("initial" takes their
+    untrained values). images: pictures that fix the geometry of families that need one. options: the target's own (see `foveate doctor`).
     golden: keep a tiny example per stage with its results, for `foveate check`.
     Nothing is left behind when anything fails. Raises a FoveateError.
     """
@@ -111,6 +116,7 @@ def optimize_model(
         text_tokens=text_tokens,
         settings=settings,
         progress=say,
+        learned_from=weights,
     )
     with _fails_as(UNSUPPORTED):
         if plan.limits:
@@ -169,6 +175,7 @@ def forecast(
         text_tokens=text_tokens,
         settings=settings,
         weights=False,
+        learned_from="initial",
         progress=progress or (lambda stage, line: None),
     )
 
@@ -186,6 +193,7 @@ def make_plan(
     images: Sequence[Any] | None = None,
     text_tokens: int = TEXT_TOKENS,
     weights: bool = True,
+    learned_from: str | Path | None = None,
 ) -> Plan:
     """Capture, rewrite, compare."""
     with _fails_as(USAGE):
@@ -204,10 +212,26 @@ def make_plan(
         before = Figures.of(program, text_tokens)
     with _fails_as(USAGE):
         run(program, chosen, lambda record, _: progress("pass", _line(record)))
+        inserted = _learn(program, chosen, learned_from, progress)
         report = Report(chosen.name, before, Figures.of(program, text_tokens))
     with _fails_as(UNSUPPORTED):
         limits = backend.check(program, settings) if backend else []
-    return Plan(program, report, chosen, model, processor, limits, source)
+    return Plan(program, report, chosen, model, processor, limits, source, inserted)
+
+
+def _learn(program: Program, recipe: Recipe, source: str | Path | None, progress: Progress) -> dict[str, Any]:
+    """Fill what the recipe inserted, fold what depends on weights alone; returns the learned tensors by name."""
+    tensors = learned(program)
+    if source is not None and str(source) != "initial":
+        progress("note", f"{load_weights(program, source)} learned tensors from {source}")
+    elif tensors and source is None:
+        raise PassError(
+            f"optimize: recipe {recipe.name!r} inserts {len(tensors)} learned tensors ({next(iter(tensors)).removeprefix(PREFIX)}, ...) and no weights were "
+            "given; train them with foveate distill and pass the file, or say weights 'initial' for their untrained values"
+        )
+    if tensors:
+        settle(program)
+    return dict(tensors)
 
 
 def _loaded(model: Any, processor: Any, dtype: str, weights: bool, progress: Progress) -> tuple[Any, Any]:
@@ -238,6 +262,8 @@ def _save_sources(draft: Draft, plan: Plan) -> None:
     plan.model.generation_config.save_pretrained(draft.folder)
     plan.processor.save_pretrained(draft.folder)
     draft.write("recipe.yaml", plan.recipe.yaml())
+    if plan.learned:
+        save_weights(plan.learned, draft.folder / "learned.safetensors")
     draft.write("reports/forecast.json", json.dumps(plan.report.as_dict(), indent=1))
 
 

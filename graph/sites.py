@@ -80,7 +80,7 @@ def site(program: Program, layer: int, stage: str = "prefill") -> Site:
         raise GraphError(f"no layer {layer} in {stage}; this program has {found}")
     first = firsts[layer]
     edges = _crossing_edges(program[stage], first)
-    hidden = _residual(edges, first, program.facts.hidden_size if stage != "vision" else None)
+    hidden = _residual(program[stage], edges, first, program.facts.hidden_size if stage != "vision" else None)
     length = hidden.meta["val"].shape[1]
     crossings = []
     for source, readers in edges.items():
@@ -121,12 +121,16 @@ def _crossing_edges(stage: Stage, first: Node) -> dict[Node, list[Node]]:
     return found
 
 
-def _residual(edges: dict[Node, list[Node]], first: Node, width: int | None) -> Node:
-    """The [B, T, D] float value that the layer continues: the last such crossing value."""
+def _residual(stage: Stage, edges: dict[Node, list[Node]], first: Node, width: int | None) -> Node:
+    """The [B, T, D] float value that the layer continues: the last such crossing value that is not made of positions and masks alone."""
     found = [n for n in edges if _is_hidden(n.meta.get("val"), width)]
     if not found:
         raise GraphError(f"sites: no [B, T, {width or 'D'}] residual crosses at {first.name}; crossing are {[n.name for n in edges]}")
-    return found[-1]
+    if len(found) == 1 or width is None:
+        return found[-1]
+    graph, told = flow(stage), {"position_ids", "attention_mask"}  # rotary cosines are as wide as the model where it has one head
+    seen = [n for n in found if any(s.op == "placeholder" and s.meta.get("name", s.name) not in told for s in nx.ancestors(graph, n))]
+    return (seen or found)[-1]
 
 
 def _is_hidden(value: Any, width: int | None) -> bool:

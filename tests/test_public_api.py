@@ -7,6 +7,7 @@ import pytest
 import foveate
 
 PUBLIC = [
+    "DistillError",
     "FoveateError",
     "GateError",
     "Generation",
@@ -17,6 +18,7 @@ PUBLIC = [
     "Report",
     "RunError",
     "Session",
+    "distill",
     "forecast",
     "load",
     "load_plugin",
@@ -37,13 +39,14 @@ def test_an_unknown_name_says_what_there_is():
 
 
 def test_the_error_tree():
-    for name in ("GraphError", "PassError", "LowerError", "RunError", "GateError"):
+    for name in ("GraphError", "PassError", "LowerError", "RunError", "GateError", "DistillError"):
         assert getattr(foveate, name).__bases__ == (foveate.FoveateError,)
 
 
 def test_signatures():
     optimize = list(inspect.signature(foveate.optimize_model).parameters)
-    assert optimize == ["model", "recipe", "target", "output", "dtype", "overrides", "processor", "images", "text_tokens", "overwrite", "progress", "options"]
+    shared = ["dtype", "overrides", "processor", "images", "text_tokens", "overwrite", "golden", "progress", "options"]
+    assert optimize == ["model", "recipe", "target", "output", "weights", *shared]
     generate = list(inspect.signature(foveate.Session.generate).parameters)
     assert generate == ["self", "images", "prompt", "messages", "max_new_tokens", "streamer", "seed", "options"]
     assert list(inspect.signature(foveate.load).parameters) == ["path", "verify"]

@@ -1,0 +1,150 @@
+"""The learning commands: foveate distill | exits. `register(app)` adds them to the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .graph.errors import FoveateError
+
+Data = Annotated[Path, typer.Option("--data", "-d", help="pictures and questions: a folder with items.jsonl, or a file; labels are not read")]
+Limit = Annotated[int | None, typer.Option("--limit", help="only the first items")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
+Plugin = Annotated[list[Path] | None, typer.Option("--plugin", help="python file or folder that adds passes or families")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("distill")(train)
+    app.command("exits")(exits)
+
+
+def train(
+    model: Annotated[str, typer.Argument(help="model folder or hub id: the teacher, and what the student is made of")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="recipe with learned insertions: name, YAML file, or inline")],
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for recipe, weights, curve and checkpoint; continued if it has one")],
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe parameter: registers=16")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="training setting: steps=2000, lr=0.001, elastic=[4,8,16]")] = None,
+    cache: Annotated[Path | None, typer.Option("--cache", help="folder of the teacher's answers; may be shared between runs")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="start from these")] = None,
+    limit: Limit = None,
+    plugin: Plugin = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train what a recipe inserts to answer as the model does, on unlabelled pictures and questions."""
+    import yaml
+
+    from .distillation import distill, settings_of
+    from .passes.recipe import load as load_recipe
+
+    _plugins(plugin)
+    config = settings_of(None, {k: yaml.safe_load(v) for k, v in _pairs("--option", option).items()})
+    chosen = load_recipe(recipe, _pairs("--set", set_))
+    program, processor = _captured(model)
+    with Bar(quiet, config.steps) as bar:
+        done = distill(program, _items(data, limit), chosen, processor=processor, output=output, settings=config, cache=cache, weights=weights, progress=bar)
+    if as_json:
+        sys.stdout.write(json.dumps({"recipe": str(done.recipe), "weights": str(done.weights), **done.report}, indent=1) + "\n")
+        return
+    report = done.report
+    print(f"{report['parameters']:,} learned numbers, {report['steps']} steps; {100 * report['agreement']:.1f}% of {report['held_out_questions']} held-out "
+          f"questions are answered as by the original\nnext: foveate optimize {model} --recipe {done.recipe} --weights {done.weights} -o ARTIFACT")
+
+
+def exits(
+    model: Annotated[str, typer.Argument(help="model folder or hub id")],
+    data: Data,
+    limit: Limit = 64,
+    share: Annotated[float, typer.Option(help="of the questions must keep their answer")] = 0.95,
+    task: Annotated[str | None, typer.Option(help="with a task class, the visual tokens that the scaling law gives it")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Where visual tokens may leave: the teacher's agreement with itself when they are removed at each layer, and the layer that it recommends."""
+    from .distill_calibrate import calibrate
+
+    program, processor = _captured(model)
+    with Bar(quiet, 0) as bar:
+        found = calibrate(program, processor, _items(data, limit), share=share, task=task, say=lambda line: bar("teacher", line))
+    sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n") if as_json else print(found)
+
+
+class Bar:
+    """A rich progress bar on a terminal, every tenth of the way as a line elsewhere, nothing when quiet or not the first process."""
+
+    def __init__(self, quiet: bool, steps: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from .distill_train import world
+
+        self.console, self.quiet, self.steps, self.told = Console(stderr=True, highlight=False), quiet or world()[0] > 0, steps, -1
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        self.progress = Progress(*columns, console=self.console) if self.console.is_terminal and not self.quiet and steps else None
+        self.task: Any = None
+
+    def __enter__(self) -> Bar:
+        if self.progress:
+            self.progress.start()
+            self.task = self.progress.add_task("teacher", total=self.steps)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def __call__(self, stage: str, line: Any) -> None:
+        if self.quiet:
+            return
+        if stage == "teacher":
+            self.progress.update(self.task, description=str(line)) if self.progress else self.console.print(str(line), markup=False)
+        elif "loss" in line:
+            text = f"loss {line['loss']:.4f}"
+            if self.progress:
+                self.progress.update(self.task, completed=line["step"], description=text)
+            elif (tenth := 10 * line["step"] // max(self.steps, 1)) > self.told:
+                self.told = tenth
+                self.console.print(f"step {line['step']} of {self.steps}: {text}", markup=False)
+        elif "agreement" in line:
+            self.console.print(f"step {line['step']}: agreement {100 * line['agreement']:.1f}%, KL {line['held_out_kl']:.4f} on held-out sources", markup=False)
+        else:
+            self.console.print(", ".join(f"{k} {v}" for k, v in line.items()), markup=False)
+
+
+def _captured(model: str) -> tuple[Any, Any]:
+    from .graph.capture import capture
+    from .graph.families import load_model
+
+    loaded, processor = load_model(model, dtype="auto", device="cpu")
+    return capture(loaded, processor), processor
+
+
+def _items(data: Path, limit: int | None) -> list[Any]:
+    from .runtime.datasets import load_items
+
+    return load_items(data, None, limit)
+
+
+def _plugins(paths: list[Path] | None) -> None:
+    from .plugins import load_plugin
+
+    for path in paths or []:
+        load_plugin(path)
+
+
+def _pairs(flag: str, texts: list[str] | None) -> dict[str, str]:
+    found = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            error = FoveateError(f"{flag} {text!r}: write it as KEY=VALUE")
+            error.exit_code = 2  # type: ignore[attr-defined]
+            raise error
+        found[key.strip()] = value.strip()
+    return found

@@ -1,0 +1,392 @@
+"""What a teacher knows about unlabelled pictures and questions: its greedy answers, its distributions, its hidden rows and its image features, on disk.
+
+The folder holds shards of `SHARD` sources in safetensors and `cache.json`. An interrupted build goes on at the first missing shard. Labels are never
+read. A row is one beginning (everything up to the last image token) and one or more questions with the teacher's answers behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .distill_error import DistillError
+from .distill_view import ANSWERS, SEGMENT, TEXTS, trainable, training_view
+from .export.artifact import Artifact
+from .export.backends.base import find
+from .graph.program import Program
+from .runtime import prompts
+from .runtime.batch import Layout, assemble, image_groups, lay_out
+from .runtime.session import Session
+
+SHARD = 32
+TOP = 64  # of the teacher's distribution are kept where the vocabulary is larger than FULL
+FULL = 512
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures, and what is asked about them; every question stands alone behind the pictures."""
+
+    pictures: tuple[Any, ...]
+    questions: tuple[str, ...]
+
+
+def sources(data: Any) -> list[Source]:
+    """From a data set's folder or file (see docs/judge.md), items of one, or (pictures, questions) pairs. Labels are not looked at."""
+    if isinstance(data, (str, Path)):
+        from .runtime.datasets import load_items
+
+        data = load_items(data)
+    found: list[Source] = []
+    for entry in data:
+        if isinstance(entry, Source):
+            found.append(entry)
+        elif hasattr(entry, "turns"):
+            found.append(Source(tuple(entry.pictures()), tuple(t.question for t in entry.turns[:1])))
+        else:
+            pictures, questions = entry
+            several = isinstance(pictures, (list, tuple))
+            found.append(Source(tuple(pictures) if several else (pictures,), (questions,) if isinstance(questions, str) else tuple(questions)))
+    if not found:
+        raise DistillError("distill: the data are empty; give pictures with at least one question each")
+    if bare := [i for i, s in enumerate(found) if not s.pictures or any(p is None for p in s.pictures)]:
+        raise DistillError(f"distill: {len(bare)} of {len(found)} entries have no picture (first: number {bare[0]}); visual tokens cannot be learned from text")
+    if silent := [i for i, s in enumerate(found) if not s.questions]:
+        raise DistillError(f"distill: {len(silent)} of {len(found)} entries have no question (first: number {silent[0]})")
+    return found
+
+
+@dataclass(frozen=True)
+class Making:
+    """How the teacher was asked. room: text tokens of a row; hidden: layers whose entry is kept (the number of layers is the end)."""
+
+    hidden: tuple[int, ...] = ()
+    room: int = 160
+    max_new_tokens: int = 64
+    packed: bool = True
+    pixels: bool = False  # keep the processor's arrays too: for insertions in the vision stage
+    target: str = "ort"  # on which the answers are generated
+    batch: int = 32
+
+
+@dataclass(frozen=True)
+class Segment:
+    question: np.ndarray  # int64[q], what follows the beginning
+    answer: np.ndarray  # int64[a], ends with the end token unless it was cut off
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image (or several) and what was asked about it."""
+
+    beginning: np.ndarray
+    segments: tuple[Segment, ...]
+    images: int
+    vision: Mapping[str, np.ndarray]  # the processor's arrays (empty unless kept), grids always
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None  # [R, K] log-probabilities of the teacher
+    index: Tensor | None = None  # [R, K] their tokens; None: all of the vocabulary
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> int:
+        return sum(len(s.answer) for s in self.segments)
+
+    @property
+    def texts(self) -> int:
+        return sum(len(s.question) + len(s.answer) - 1 for s in self.segments)
+
+    @cached_property
+    def wanted(self) -> np.ndarray:
+        """int64[R]: the answer tokens"""
+        return np.concatenate([s.answer for s in self.segments])
+
+
+# ---- rows -> feeds
+
+
+def collate(rows: Sequence[Row], facts: Mapping[str, Any], features: Mapping[str, Sequence[Tensor]] | None = None) -> dict[str, Tensor]:
+    """Rows as the inputs of a training view whose program has these facts; features default to the teacher's."""
+    laid = [lay(row, facts) for row in rows]
+    names = facts["features"]
+    given = {n: [(features[n][b] if features else rows[b].features[n]).float().numpy() for b in range(len(rows))] for n in names}
+    batch = assemble([layout for layout, *_ in laid], given, facts, _pad(facts))
+    feeds = {n: torch.from_numpy(a) for n, a in batch.feeds.items()}
+    feeds[SEGMENT] = _padded([s for _, s, _, _ in laid], batch.length, -1)
+    feeds[ANSWERS] = _padded([a for _, _, a, _ in laid], max(len(a) for _, _, a, _ in laid), -1)
+    feeds[TEXTS] = _padded([t for _, _, _, t in laid], max(len(t) for _, _, _, t in laid), -1)
+    return feeds
+
+
+def lay(row: Row, facts: Mapping[str, Any]) -> tuple[Layout, np.ndarray, np.ndarray, np.ndarray]:
+    """-> the row's layout, segment[T], and the text ranks of the rows that predict answers and of all question and answer rows"""
+    rule, grids = facts["positions"], row.vision.get("image_grid_thw")
+    groups = image_groups(row.beginning, facts["image_token_id"], row.images, facts.get("tokens_per_image"), grids, int(rule.get("merge", 1)))
+    fixed = facts.get("features_per_image")
+    counts = [len(g) if fixed is None else fixed for g in groups]
+    tokens, positions, segment, answers, texts = [], [], [], [], []
+    start = rank = 0
+    for number, s in enumerate(row.segments):
+        fed = np.concatenate([s.question, s.answer[:-1]])
+        part = lay_out(np.concatenate([row.beginning, fed]), groups, counts, grids, rule)
+        if number == 0:
+            start = len(part.tokens) - len(fed)
+            first = part
+            tokens.append(part.tokens[:start]), positions.append(part.positions[..., :start]), segment.append(np.zeros(start, np.int64))
+            rank = start - part.visual
+        tokens.append(part.tokens[start:]), positions.append(part.positions[..., start:]), segment.append(np.full(len(fed), number + 1, np.int64))
+        answers.append(rank + len(s.question) - 1 + np.arange(len(s.answer)))
+        texts.append(rank + np.arange(len(fed)))
+        rank += len(fed)
+    layout = Layout(np.concatenate(tokens), np.concatenate(positions, -1), first.groups, 0)
+    return layout, np.concatenate(segment), np.concatenate(answers), np.concatenate(texts)
+
+
+def _padded(rows: Sequence[np.ndarray], length: int, fill: int) -> Tensor:
+    out = np.full((len(rows), length), fill, np.int64)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return torch.from_numpy(out)
+
+
+def _pad(facts: Mapping[str, Any]) -> int:
+    """Any token but the image's."""
+    return next(t for t in (*facts["eos_token_ids"], 0, 1) if t != facts["image_token_id"])
+
+
+# ---- the teacher
+
+
+class Teacher:
+    """The original program: answers by an artifact of it (fast), distributions and hidden rows by its graph."""
+
+    def __init__(self, program: Program, processor: Any, making: Making) -> None:
+        self.program, self.processor, self.making = program, processor, making
+        self.facts = asdict(program.facts)
+        view = training_view(program, making.hidden, making.packed)
+        self.forward = trainable(view["prefill"], ["logits", *[f"hidden.{l}" for l in making.hidden]])
+        self.see = trainable(program["vision"], list(program.facts.features))
+        self.folder = tempfile.TemporaryDirectory(prefix="foveate-teacher-")
+        path = Path(self.folder.name) / "teacher"
+        backend = find(making.target)
+        with Artifact.create(path) as draft:
+            components = backend.lower(program, draft.folder, backend.settings({}))
+            draft.manifest.update(target=making.target, facts=json.loads(json.dumps(self.facts)), kv=[asdict(e) for e in program.kv], components=components)
+        artifact = Artifact.load(path)
+        self.session = Session(backend.open(artifact), processor, artifact.manifest)
+
+    def rows(self, source: Source) -> list[Row]:
+        """The source's questions, answered, packed into rows of at most `room` text tokens."""
+        samples = [self._sample(source.pictures, q) for q in source.questions]
+        starts = [self._beginning(s.tokens) for s in samples]
+        feats = self._features(samples[0])
+        answers = self._answers(samples, feats)
+        kept = {n: a for n, a in samples[0].vision.items() if self.making.pixels or n == "image_grid_thw"}
+        rows: list[Row] = []
+        open_: dict[bytes, list[Segment]] = {}
+        for sample, start, answer in zip(samples, starts, answers, strict=True):
+            segment = Segment(sample.tokens[start:], answer)
+            key = sample.tokens[:start].tobytes()
+            waiting = open_.setdefault(key, [])
+            used = sum(len(s.question) + len(s.answer) for s in waiting)
+            if waiting and (not self.making.packed or used + len(segment.question) + len(answer) > self.making.room):
+                rows.append(Row(sample.tokens[:start], tuple(waiting), len(source.pictures), kept, feats))
+                waiting.clear()
+            waiting.append(segment)
+        rows += [Row(np.frombuffer(k, np.int64).copy(), tuple(w), len(source.pictures), kept, feats) for k, w in open_.items() if w]
+        return rows
+
+    def judge(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with the teacher's distributions and hidden states."""
+        with torch.no_grad():
+            out = self.forward(collate(rows, self.facts))
+        done = []
+        for b, row in enumerate(rows):
+            values, index = out["logits"][b, : row.answers].float().log_softmax(-1), None
+            if values.shape[1] > FULL:
+                values, index = values.topk(TOP, 1)
+            done.append(Row(row.beginning, row.segments, row.images, row.vision, row.features, small(values), None if index is None else index.int(),
+                            {l: small(out[f"hidden.{l}"][b, : row.texts]) for l in self.making.hidden}))
+        return done
+
+    def close(self) -> None:
+        self.session.close()
+        self.folder.cleanup()
+
+    def _sample(self, pictures: Sequence[Any], question: str) -> Any:
+        if getattr(self.processor, "chat_template", None):
+            asked = prompts.requests(self.processor, list(pictures), None, [{"role": "user", "content": question}])
+        else:
+            names = prompts.placeholders(self.processor)[:1] * len(pictures)
+            asked = prompts.requests(self.processor, list(pictures), " ".join([*names, question]), None)
+        return prompts.process(self.processor, *asked[0])
+
+    def _beginning(self, tokens: np.ndarray) -> int:
+        """Up to the last image token; the question follows."""
+        last = np.flatnonzero(tokens == self.facts["image_token_id"])
+        if not len(last):
+            raise DistillError("distill: the processor writes no image token into the prompt; visual tokens cannot be told from text")
+        if last[-1] + 1 == len(tokens):
+            raise DistillError("distill: a prompt ends with its image, so no text row could learn from it; questions must follow the image")
+        return int(last[-1]) + 1
+
+    def _features(self, sample: Any) -> dict[str, Tensor]:
+        types = {n: self.program["vision"].placeholder(n).meta["val"].dtype for n in self.program["vision"].inputs}
+        missing = [n for n in types if n not in sample.vision]
+        if missing:
+            raise DistillError(f"distill: the vision stage takes {missing}, which this processor does not make; it makes {sorted(sample.vision)}")
+        with torch.no_grad():
+            feeds = {n: torch.as_tensor(sample.vision[n]).to(t) for n, t in types.items()}
+            return {n: small(x) for n, x in self.see({n: x.reshape(-1, *x.shape[-self._rank(n) + 1:]) for n, x in feeds.items()}).items()}
+
+    def _rank(self, name: str) -> int:
+        return self.program["vision"].placeholder(name).meta["val"].dim()
+
+    def _answers(self, samples: Sequence[Any], feats: Mapping[str, Tensor]) -> list[np.ndarray]:
+        """Greedy, until the end token or `max_new_tokens`; in batches over the artifact."""
+        rule, steps, eos = self.facts["positions"], self.making.max_new_tokens, set(self.facts["eos_token_ids"])
+        found: list[np.ndarray] = []
+        for begin in range(0, len(samples), self.making.batch):
+            now = samples[begin : begin + self.making.batch]
+            layouts = []
+            for s in now:
+                grids = s.vision.get("image_grid_thw")
+                each, merge = self.facts.get("tokens_per_image"), int(rule.get("merge", 1))
+                groups = image_groups(s.tokens, self.facts["image_token_id"], len(s.pictures), each, grids, merge)
+                layouts.append(lay_out(s.tokens, groups, [len(g) for g in groups], grids, rule))
+            batch = assemble(layouts, {n: [f.float().numpy()] * len(now) for n, f in feats.items()}, self.facts, _pad(self.facts))
+            out, cache = self.session.engine.prefill(batch.feeds, batch.length + steps)
+            logits, made, done = out["logits"], [[] for _ in now], np.zeros(len(now), bool)
+            token = np.zeros(len(now), np.int64)
+            for step in range(steps):
+                if step:
+                    logits = self.session.engine.decode(cache, token[:, None], batch.step_positions(step - 1))
+                token = np.where(done, _pad(self.facts), logits.argmax(-1)).astype(np.int64)
+                for b in np.flatnonzero(~done):
+                    made[b].append(int(token[b]))
+                done |= np.isin(token, list(eos))
+                if done.all():
+                    break
+            found += [np.array(m, np.int64) for m in made]
+        return found
+
+
+def small(x: Tensor) -> Tensor:
+    """In half precision where the numbers fit, else in bfloat16."""
+    half = x.detach().half()
+    return half if torch.isfinite(half).all() else x.detach().bfloat16()
+
+
+# ---- the folder
+
+
+class Cache:
+    """Rows on disk. `Cache.build` makes or completes a folder; `rows(i)` reads the rows of source i."""
+
+    def __init__(self, folder: Path, making: Making, count: int) -> None:
+        self.folder, self.making, self.count = folder, making, count
+        self._memory: dict[int, list[list[Row]]] = {}
+
+    @classmethod
+    def build(cls, program: Program, processor: Any, data: Sequence[Source], folder: str | Path, making: Making, say: Say = lambda line: None) -> Cache:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = json.loads(json.dumps({"teacher": digest(program), "making": {k: v for k, v in asdict(making).items() if k not in ("batch", "target")},
+                                      "sources": len(data)}))
+        note = folder / "cache.json"
+        if note.is_file():
+            known = json.loads(note.read_text(encoding="utf-8"))
+            if differs := [k for k in mark if known.get(k) != mark[k]]:
+                raise DistillError(f"distill: the cache {folder} was made with another {' and '.join(differs)}; choose another folder or remove this one")
+        note.write_text(json.dumps(mark, indent=1), encoding="utf-8")
+        cache, teacher = cls(folder, making, len(data)), None
+        for shard in range(cache.shards):
+            if cache.file(shard).is_file():
+                continue
+            teacher = teacher or Teacher(program, processor, making)
+            part = data[shard * SHARD : (shard + 1) * SHARD]
+            rows = [teacher.rows(s) for s in part]
+            flat = [row for group in rows for row in group]
+            judged = iter([r for i in range(0, len(flat), 8) for r in teacher.judge(flat[i : i + 8])])
+            cache._write(shard, [[next(judged) for _ in group] for group in rows])
+            say(f"teacher: {min((shard + 1) * SHARD, len(data))} of {len(data)} sources answered")
+        if teacher:
+            teacher.close()
+        return cache
+
+    @property
+    def shards(self) -> int:
+        return -(-self.count // SHARD)
+
+    def file(self, shard: int) -> Path:
+        return self.folder / f"rows-{shard:05d}.safetensors"
+
+    def rows(self, source: int) -> list[Row]:
+        shard = source // SHARD
+        if shard not in self._memory:
+            self._memory[shard] = self._read(shard)
+        return self._memory[shard][source % SHARD]
+
+    def _write(self, shard: int, groups: list[list[Row]]) -> None:
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {"rows": torch.tensor([len(g) for g in groups])}
+        for s, group in enumerate(groups):
+            for n, t in group[0].features.items():
+                tensors[f"{s}.feature.{n}"] = t
+            for n, a in group[0].vision.items():
+                tensors[f"{s}.vision.{n}"] = torch.from_numpy(np.ascontiguousarray(a))
+            for r, row in enumerate(group):
+                at = f"{s}.{r}"
+                tensors[f"{at}.beginning"] = torch.from_numpy(row.beginning)
+                tensors[f"{at}.lengths"] = torch.tensor([[row.images, 0], *[[len(x.question), len(x.answer)] for x in row.segments]])
+                tensors[f"{at}.tokens"] = torch.from_numpy(np.concatenate([np.concatenate([x.question, x.answer]) for x in row.segments]))
+                tensors[f"{at}.logits"] = row.logits
+                tensors |= {f"{at}.index": row.index} if row.index is not None else {}
+                tensors |= {f"{at}.hidden.{l}": h for l, h in row.hidden.items()}
+        partial = self.file(shard).with_suffix(".part")
+        save_file({n: t.contiguous() for n, t in tensors.items()}, str(partial))
+        os.replace(partial, self.file(shard))
+
+    def _read(self, shard: int) -> list[list[Row]]:
+        from safetensors.torch import load_file
+
+        t = load_file(str(self.file(shard)))
+        groups = []
+        for s, count in enumerate(t["rows"].tolist()):
+            features = {n.split(".feature.")[1]: x for n, x in t.items() if n.startswith(f"{s}.feature.")}
+            vision = {n.split(".vision.")[1]: x.numpy() for n, x in t.items() if n.startswith(f"{s}.vision.")}
+            group = []
+            for r in range(count):
+                at = f"{s}.{r}"
+                (images, _), *lengths = t[f"{at}.lengths"].tolist()
+                tokens, segments, begin = t[f"{at}.tokens"].numpy(), [], 0
+                for q, a in lengths:
+                    segments.append(Segment(tokens[begin : begin + q], tokens[begin + q : begin + q + a]))
+                    begin += q + a
+                group.append(Row(t[f"{at}.beginning"].numpy(), tuple(segments), images, vision, features, t[f"{at}.logits"], t.get(f"{at}.index"),
+                                 {l: t[f"{at}.hidden.{l}"] for l in self.making.hidden}))
+            groups.append(group)
+        return groups
+
+
+def digest(program: Program) -> str:
+    """Of the facts and of every parameter's name, shape and first and last numbers: two models, or two trainings of one, differ in it."""
+    sha = hashlib.sha256(json.dumps(asdict(program.facts), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(program.parameters(), key=lambda p: p[0]):
+        flat = tensor.detach().reshape(-1)
+        ends = torch.cat([flat[:8], flat[-8:]]).double().tolist() if tensor.device.type != "meta" else []
+        sha.update(f"{name}{tuple(tensor.shape)}{ends}".encode())
+    return sha.hexdigest()[:24]
