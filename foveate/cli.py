@@ -46,7 +46,6 @@ def optimize(
     model: Model,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="artifact folder to write")] = None,
     recipe: RecipeOption = None,
-    weights: Annotated[str | None, typer.Option("--weights", "-w", help="the recipe's learned tensors, from foveate distill; initial = untrained")] = None,
     target: Annotated[str, typer.Option("--target", "-t", help="ort, tensorrt-rtx, tensorrt, eager, ...; see `foveate doctor`")] = "ort",
     set_: SetOption = None,
     option: OptOption = None,
@@ -81,7 +80,6 @@ def optimize(
                 chosen,
                 target=target,
                 output=output,
-                weights=weights,
                 dtype=dtype,
                 images=pictures,
                 text_tokens=text_tokens,
@@ -218,22 +216,21 @@ def inspect(artifact: Folder, verify: Annotated[bool, typer.Option("--verify/--n
 @app.command()
 def passes(plugin: PluginOption = None, as_json: Json = False) -> None:
     """The catalogue of passes, from the classes themselves."""
-    from dataclasses import MISSING, fields
-
-    from .passes.base import discover
+    from .passes.base import SHAPES
+    from .passes.catalogue import catalogue
 
     _plugins(plugin)
-    rows = []
-    for name, cls in discover().items():
-        parameters = {f.name: "required" if f.default is MISSING else f.default for f in fields(cls)}
-        rows.append({"name": name, "parameters": parameters, "paper": cls.paper, "what": _summary(cls)})
+    rows = catalogue()
     if as_json:
         _json(rows)
         return
-    table = Table("pass", "parameters", "what", "paper", box=None)
+    table = Table("pass", "place", "counts", "parameters", "what", "paper", box=None)
     for r in rows:
-        table.add_row(r["name"], _inline(r["parameters"]), r["what"], r["paper"])
+        table.add_row(r["name"], r["place"], r["shapes"], _inline(r["parameters"]), r["what"], r["paper"])
     out.print(table)
+    for word, meaning in SHAPES.items():
+        if word:
+            out.print(f"counts {word}: {meaning}")
 
 
 @app.command()
@@ -309,10 +306,6 @@ def dump(
 from .commands_judge import register as _judge  # noqa: E402  eval, gate, report, bisect
 
 _judge(app)
-
-from .commands_learn import register as _learn  # noqa: E402  distill, exits
-
-_learn(app)
 
 
 # -- small things
@@ -401,15 +394,6 @@ def _kept(result: Any) -> str:
 def _median(values: list[float]) -> float:
     ordered = sorted(values)
     return ordered[len(ordered) // 2]
-
-
-def _summary(cls: type) -> str:
-    """The first sentence of a pass's docstring, or of its module."""
-    for text in (cls.__doc__, sys.modules[cls.__module__].__doc__):
-        line = (text or "").strip().splitlines()
-        if line and not line[0].startswith(("rewrite:", cls.__name__ + "(")):
-            return line[0]
-    return ""
 
 
 def _inline(parameters: dict[str, Any]) -> str:
