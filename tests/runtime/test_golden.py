@@ -40,7 +40,8 @@ def test_a_fresh_artifact_repeats_itself(made, capsys, name, limit):
     assert {("vision", "image_features"), ("prefill", "logits"), ("prefill", "kv_lengths"), ("decode", "logits")} <= outputs
     assert any(o.startswith("kept.") for _, o in outputs)
     assert {x["limit"] for x in found["lines"] if not x["output"].startswith("kept.")} == {limit}
-    assert found["worst"]["difference"] < limit / 3, "the limit leaves room"    assert sum(p.stat().st_size for p in (made / name / "golden").iterdir()) < 100_000
+    assert found["worst"]["difference"] < limit / 3, "the limit leaves room"
+    assert sum(p.stat().st_size for p in (made / name / "golden").iterdir()) < 100_000
 
 
 def test_in_words(made, capsys):
