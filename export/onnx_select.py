@@ -149,29 +149,26 @@ def farthest_tokens(b: Builder, n: Node, x: Node, k: int, repeat: bool) -> str:
 
 def dpp_tokens(b: Builder, n: Node, kernel: Node, k: int, floor: float) -> str:
     """Rows of the Cholesky factor are written into one [B, T, k] as they come: a step is a product with one row of it."""
-    T = kernel.meta["val"].shape[1]
     value = b.cast(b(kernel), dtype(kernel), F32)
-    gain = b.op("ReduceSum", b.op("Where", _diagonal(b, kernel), value, b.const(0.0, F32)), b.ints(-1), keepdims=0)
-    shape = b.op("Concat", b.dim(kernel, 0), b.dim(kernel, 1), b.ints(k), axis=0) if not isinstance(T, int) else None
-    shape = shape or b.op("Concat", b.dim(kernel, 0), b.ints(T, k), axis=0)
-    known = b.op("ConstantOfShape", shape, value=b.scalar(0.0))
-    slots, low = b.const(torch.arange(k)), b.const(floor, F32)
-    closed = b.const([float("-inf")], F32)
+    diagonal = b.op("Where", _diagonal(b, kernel), value, b.const(0.0, F32))
+    gain = b.op("ReduceSum", diagonal, b.ints(-1), keepdims=1)  # [B, T, 1]
+    batch, tall = b.dim(kernel, 0), b.op("Shape", gain)
+    known = b.op("ConstantOfShape", b.op("Concat", batch, b.dim(kernel, 1), b.ints(k), axis=0), value=b.scalar(0.0))
+    closed = b.op("ConstantOfShape", b.op("Concat", batch, b.ints(1, 1), axis=0), value=b.scalar(float("-inf")))
+    shut, low = b.op("ConstantOfShape", tall, value=b.scalar(0.0)), b.const(floor, F32)
 
-    def step(i: str, gain: str, known: str) -> tuple[list[str], list[str]]:
-        best = b.op("ArgMax", gain, axis=1, keepdims=1)  # [B, 1]
-        own = b.op("Unsqueeze", b.op("GatherND", known, best, batch_dims=1), b.ints(-1))  # [B, k, 1]; zero from i on
-        row = b.op("Unsqueeze", b.op("GatherND", value, best, batch_dims=1), b.ints(-1))
-        pivot = b.op("Unsqueeze", b.op("GatherElements", gain, best, axis=1), b.ints(-1))
-        row = b.op("Div", b.op("Sub", row, b.op("MatMul", known, own)), b.op("Sqrt", b.op("Max", pivot, low)))  # [B, T, 1]
-        flat = b.op("Squeeze", row, b.ints(-1))
-        left = b.op("Sub", gain, b.op("Mul", flat, flat))
-        if floor:
-            left = b.op("Where", b.op("Equal", gain, closed), gain, b.op("Max", left, low))
-        left = b.op("ScatterElements", left, best, b.op("Expand", closed, b.op("Shape", best)), axis=1)
-        return [left, b.op("Where", b.op("Equal", slots, i), row, known)], [best]
+    def step(i: str, gain: str, shut: str, known: str) -> tuple[list[str], list[str]]:
+        pivot, best = b.op("TopK", gain, b.ints(1), axis=1, outputs=2)  # [B, 1, 1]
+        own = b.op("Reshape", b.op("GatherND", known, best, batch_dims=1), b.ints(0, -1, 1))  # [B, k, 1]; zero from i on
+        row = b.op("Reshape", b.op("GatherND", value, best, batch_dims=1), b.ints(0, -1, 1))  # [B, T, 1]
+        row = b.op("Div", b.op("Sub", row, b.op("MatMul", known, own)), b.op("Sqrt", b.op("Max", pivot, low)))
+        gain = b.op("Sub", gain, b.op("Mul", row, row))
+        shut = b.op("ScatterElements", shut, best, closed, axis=1)  # 0, and -inf where chosen
+        gain = b.op("Add", b.op("Max", gain, low) if floor else gain, shut)
+        return [gain, shut, b.op("ScatterElements", known, b.op("Expand", i, tall), row, axis=2)], [best]
 
-    return b.op("Transpose", b.op("Squeeze", b.loop(k, [(gain, F32), (known, F32)], [I64], step)[-1], b.ints(-1)), perm=[1, 0])
+    found = b.loop(k, [(gain, F32), (shut, F32), (known, F32)], [I64], step)
+    return b.op("Transpose", b.op("Squeeze", found[-1], b.ints(2, 3)), perm=[1, 0])
 
 
 def _chosen(b: Builder, first: str, found: list[str]) -> str:
