@@ -1,11 +1,12 @@
 """Caches of codes on ONNX Runtime: what GroupQueryAttention can read runs in place, everything else is spelt out.
 
-    partition of float, int8 or int4 rows,      GroupQueryAttention over a cache in place; scales and centres are folded into q, the new
-    one scale per channel                       rows and the output, so that the operator's own scale is 1 (its fastest kernel) and every
-                                                sample may have its own
+    partition of float, int8 or int4 rows,      GroupQueryAttention over a cache in place; scales, centres and balances are folded into q,
+    one scale per channel                       the new rows and the output, so that the operator's own scale is 1 (its fastest kernel) and
+                                                every sample may have its own
+    int2, one scale per channel                 the same over twice the bytes, made by one multiplication (`planes`)
     several such partitions                     one GroupQueryAttention each, their outputs weighted by log-sum-exp of their logits
     anything else (a scale per token or group,  dequantize to memory, join, attend: smaller caches, not faster steps (`notes` says so)
-    2 bits, other codes)
+    other codes)
 
 Codes of less than a byte are packed by the stage itself (uint8, lowest element first, as GroupQueryAttention wants 4 bits).
 """
@@ -27,9 +28,10 @@ from ..graph.program import KVLayer, Stage
 from ..graph.retype import fake_mode, retype
 from ..graph.splice import splice
 from .onnx_builder import END, Builder, Emitter
-from .onnx_contrib import MS, Contrib, call, plain
+from .onnx_contrib import MS, Contrib, _behind_store, call, plain
 from .onnx_dialect import Operands
 from .onnx_registry import dtype
+from .onnx_shape import same
 
 aten, foveate = torch.ops.aten, torch.ops.foveate
 F32, I32, I64 = torch.float32, torch.int32, torch.int64
@@ -204,22 +206,34 @@ class Read:
     past: Node  # placeholder
     scale: Node | None
     center: Node | None
+    balance: Node | None  # multiplies what the codes say
     new: Node | None  # [B, G, 1, D] before it is quantized; None where nothing is appended
+    codes: Node | None  # of `new`
 
 
 @dataclass(frozen=True)
 class Part:
-    """One partition as attention sees it."""
+    """One partition as attention sees it. k, v: what the operator can read in place; None: `terms`, keys and values [B, G, P, D] as the
+    graph computes them, are spelt out."""
 
-    k: Read
-    v: Read
-    lengths: Node
-    row: int
     partition: Partition
+    terms: tuple[Node, Node]
+    held: Node  # which rows are valid
+    k: Read | None
+    v: Read | None
 
     @property
     def grown(self) -> bool:
-        return self.k.new is not None
+        return not self.partition.name
+
+    @property
+    def wide(self) -> bool:
+        """Read through `planes`?"""
+        return self.partition.code == "int2"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return () if self.k is None or self.v is None else (self.k, self.v)
 
 
 def _terms(node: Any) -> list[Any]:
@@ -231,24 +245,42 @@ def _terms(node: Any) -> list[Any]:
 
 
 def _read(node: Any) -> Read | None:
-    """kv_append(past, new), or a past; each maybe behind dequantize_kv."""
-    new: Node | None = None
+    """kv_append(past, new), or a past; each maybe behind dequantize_kv and a balance."""
+    new: Any = None
     if call(node, foveate.kv_append.default):
         node, new = plain(node.args[0]), plain(node.args[1])
-    if not call(node, foveate.dequantize_kv.default):
-        return Read(node, None, None, new) if isinstance(node, Node) and node.op == "placeholder" else None
-    codes, scale, center, block = node.args
-    past = _behind_packing(codes)
-    if block or not isinstance(past, Node) or past.op != "placeholder" or not all(s is None or s.op == "placeholder" for s in (scale, center)):
+    if isinstance(node, Node) and node.op == "placeholder":
+        return Read(node, None, None, None, new, None)
+    found = _stored(node)
+    if found is None or not isinstance(past := _behind_packing(found[0]), Node) or past.op != "placeholder":
         return None
-    if new is not None:
-        if not call(new, foveate.dequantize_kv.default) or tuple(new.args[1:]) != (scale, center, block):
+    _, *states = found
+    if new is None:
+        return Read(past, *states, None, None)
+    made = _stored(new)
+    if made is None or made[1:] != found[1:] or not call(plain(made[0]), foveate.quantize_kv.default):
+        return None
+    codes = plain(made[0])
+    row, scale, center, _, block = codes.args
+    if [scale, center, block] != [*states[:2], 0]:
+        return None
+    if states[2] is not None:
+        if not call(row, aten.div.Tensor) or row.args[1] is not states[2]:
             return None
-        made = plain(new.args[0])
-        if not call(made, foveate.quantize_kv.default) or made.args[1:3] != (scale, center):
-            return None
-        new = made.args[0]
-    return Read(past, scale, center, new)
+        row = row.args[0]
+    return Read(past, *states, row, codes)
+
+
+def _stored(node: Any) -> tuple[Any, Node, Node | None, Node | None] | None:
+    """dequantize_kv(codes, scale, center) * balance, with one row of states, that are inputs -> codes, scale, center, balance"""
+    balance = None
+    if call(node, aten.mul.Tensor):
+        node, balance = plain(node.args[0]), node.args[1]
+    if not call(node, foveate.dequantize_kv.default):
+        return None
+    codes, scale, center, block = node.args
+    states = (scale, center, balance)
+    return None if block or not all(s is None or (isinstance(s, Node) and s.op == "placeholder") for s in states) else (codes, *states)
 
 
 def _held(mask: Any) -> list[Node] | None:
@@ -261,41 +293,50 @@ def _held(mask: Any) -> list[Node] | None:
 
 
 def read_parts(node: Node, form: KVFormat, outputs: dict[str, Node]) -> list[Part] | None:
-    """The partitions of a decode attention, in the format's order, if GroupQueryAttention can read them all; else None."""
+    """The partitions of a decode attention, in the format's order, if GroupQueryAttention can read the one that grows; else None."""
     a = Operands(*node.args)
-    keys, values, held = [_read(t) for t in _terms(a.k)], [_read(t) for t in _terms(a.v)], _held(a.mask)
-    if held is None or not len(keys) == len(values) == len(held) == len(form.partitions) or None in keys or None in values:
-        return None
+    keys, values, held = _terms(a.k), _terms(a.v), _held(a.mask)
+    if held is None or not len(keys) == len(values) == len(held) == len(form.partitions) or (a.softcap and len(keys) > 1):
+        return None  # a soft cap hides the logits that a merge needs
     found = []
     for partition in form.partitions:
-        name = f"{a.layer}{partition.suffix()}"
-        at = [i for i, k in enumerate(keys) if k.past.meta.get("name") == f"past_k.{name}"]  # type: ignore[union-attr]
-        if len(at) != 1:
+        name = f"past_k.{a.layer}{partition.suffix()}"
+        at = next((i for i, h in enumerate(held) if h.args[0].meta.get("name") == name), None)  # type: ignore[union-attr]
+        if at is None or held[at].args[1].op != "placeholder" or call(held[at], foveate.kv_mask.default) == bool(partition.name):  # type: ignore[union-attr]
             return None
-        part = Part(keys[at[0]], values[at[0]], held[at[0]].args[1], held[at[0]].args[2], partition)  # type: ignore[arg-type]
-        if not _fits(part, a, held[at[0]], outputs):
+        rows = held[at].meta["val"].shape[1]
+        if not all(same(t.meta["val"].shape[2], rows) for t in (keys[at], values[at])):
             return None
-        found.append(part)
+        reads = _reads(a, partition, keys[at], values[at], outputs)
+        if not reads and not partition.name:
+            return None
+        found.append(Part(partition, (keys[at], values[at]), held[at], *(reads or (None, None))))
     return found
 
 
-def _fits(part: Part, a: Operands, held: Node, outputs: dict[str, Node]) -> bool:
-    """Can GroupQueryAttention say it? Codes in place, one scale per channel, the row that decode returns the one that it stores."""
-    p, name = part.partition, f"{a.layer}{part.partition.suffix()}"
-    if p.code not in ("float", "int8", "int4") or (p.code != "float" and (p.k_per, p.v_per) != ("channel", "channel")):
-        return False
-    if part.v.past.meta.get("name") != f"past_v.{name}" or held.args[0] is not part.k.past or part.lengths.op != "placeholder":
-        return False
-    if (part.v.new is None) == part.grown or (p.name == "") != part.grown:
-        return False
-    if a.softcap and (part.k.center is not None or p.name):
-        return False  # a soft cap does not commute with the shift, and hides the logits that the merge needs
-    for which, read in (("k", part.k), ("v", part.v)):
-        if part.grown and p.code != "float":
-            made = plain(_behind_packing(outputs.get(f"{which}.{name}")))
-            if not call(made, foveate.quantize_kv.default) or made.args[0] is not read.new:
-                return False
-    return True
+def _reads(a: Operands, p: Partition, keys: Node, values: Node, outputs: dict[str, Node]) -> tuple[Read, Read] | None:
+    """What GroupQueryAttention is to read, if it can say it: one scale per channel, and the row that decode returns the one that it stores."""
+    if p.code not in ("float", "int8", "int4", "int2") or (p.code != "float" and (p.k_per, p.v_per) != ("channel", "channel")):
+        return None
+    if p.code == "int2" and a.width % 4:
+        return None
+    found = []
+    for which, term in (("k", keys), ("v", values)):
+        read, name = _read(term), f"{which}.{a.layer}{p.suffix()}"
+        if read is None or read.past.meta.get("name") != f"past_{name}" or (read.new is None) != bool(p.name):
+            return None
+        if a.softcap and p.code != "float" and (read.center is not None or p.code == "int2"):
+            return None  # a soft cap does not commute with the shift of the keys
+        if not p.name:
+            stored = plain(_behind_packing(outputs.get(name)))
+            if p.code == "float":
+                stored, row = _behind_store(stored), _behind_store(read.new)  # type: ignore[arg-type]
+                if plain(stored) is not plain(row):
+                    return None
+            elif stored is not read.codes:
+                return None
+        found.append(read)
+    return found[0], found[1]
 
 
 # ** the patterns of a stage **
@@ -355,17 +396,19 @@ class KVContrib(Contrib):
         widths = {int(x.meta["val"].shape[3]) for x in (a.q, a.k, a.v)}
         narrow = len(widths) != 1 or a.width % 8 or dtype(node) != F32 or a.causal or a.window
         parts = None if narrow else read_parts(node, form, self.stage.output_nodes)
+        slow = form.partitions if parts is None else [p.partition for p in parts if not p.reads]
+        if slow:
+            self.notes.append(_note(a.layer, slow, bool(narrow)))
         if parts is None:
-            self.notes.append(_note(a.layer, form, bool(narrow)))
             return None
-        for part in parts[1:]:  # the operator returns the cache it was given: bound to the same memory, nothing is copied
-            for which, read in (("k", part.k), ("v", part.v)):
+        for part in (p for p in parts[1:] if not p.wide):  # the operator returns the cache it was given: bound to the same memory, nothing is copied
+            for which, read in zip("kv", part.reads, strict=False):
                 self.stage.add_output(f"{which}.{a.layer}{part.partition.suffix()}", read.past)
         return functools.partial(self._emit_parts, parts)
 
     def _emit_parts(self, parts: list[Part], b: Builder, n: Node, *operands: Any) -> str:
         a = Operands(*operands)
-        found = [self._part(b, a, part, len(parts) > 1) for part in parts]
+        found = [self._part(b, a, p, len(parts) > 1) if p.reads else self._spelt(b, a, p) for p in parts]
         y, total = found[0]
         for other, its in found[1:]:
             y, total = _merge(b, y, total, other, its)
@@ -373,21 +416,16 @@ class KVContrib(Contrib):
 
     def _part(self, b: Builder, a: Operands, part: Part, merged: bool) -> tuple[str, str | None]:
         """One partition -> its attention [B, G, H/G, D], and the log-sum-exp of its logits [B, G, H/G, 1] where it is merged."""
-        bits, one = BITS[part.partition.code], b.const([1], I32)
-        grouped = b.ints(0, a.groups, a.heads // a.groups, a.width)
-        lengths = b.op("Cast", b(part.lengths), to=6)  # int32[L, B], once
-        held = b.op("Gather", lengths, b.const(self.row(part.row) if part.grown else part.row, I64), axis=0)
-        total = b.op("Add", b.op("ReduceMax", held, b.ints(0), keepdims=1), one)
-        q = self.flatten(b, a.q)
-        if part.k.scale is not None:
-            q = b.op("Reshape", b.op("Mul", b.op("Reshape", q, grouped), b(part.k.scale)), b.ints(0, 1, a.heads * a.width))
-        fresh = [self._row(b, a, read) for read in (part.k, part.v)] if part.grown else [_blank(b, a, held)] * 2
+        bits = max(BITS[part.partition.code], 4) if part.partition.code != "float" else 0
+        lengths, row = part.held.args[1:3]
+        held = b.op("Gather", b.op("Cast", b(lengths), to=6), b.const(self.row(row) if part.grown else row, I64), axis=0)  # int32[B]
+        total = b.op("Add", b.op("ReduceMax", held, b.ints(0), keepdims=1), b.const([1], I32))
+        pasts = [b(read.past) for read in part.reads]
         made = b.op(
             "GroupQueryAttention",
-            q,
-            *fresh,
-            b(part.k.past),
-            b(part.v.past),
+            self._queries(b, a, part),
+            *([self._row(b, a, part, read) for read in part.reads] if part.grown else [_blank(b, a, held)] * 2),
+            *([_two_planes(b, past) for past in pasts] if part.wide else pasts),
             held,
             total,
             *[None] * 3,
@@ -403,26 +441,58 @@ class KVContrib(Contrib):
             qk_output=1 if merged else None,
             **({"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": bits} if bits else {}),
         )
-        self._returned(b, part, a, made[1:3])
-        y = b.op("Reshape", made[0], grouped)
-        if part.v.scale is not None:
-            y = b.op("Mul", y, b(part.v.scale))
-        if part.v.center is not None:
-            y = b.op("Add", y, b(part.v.center))
+        if not part.wide:
+            self._returned(b, part, a, made[1:3])
+        y = self._context(b, a, part, made[0])
         return y, self._log_sum_exp(b, a, part, made[3], held, total) if merged else None
 
-    def _row(self, b: Builder, a: Operands, read: Read) -> str:
+    def _spelt(self, b: Builder, a: Operands, part: Part) -> tuple[str, str]:
+        """The same, of a partition that the graph dequantizes."""
+        keys, values = (b(t) for t in part.terms)
+        q = b.op("Reshape", self.flatten(b, a.q), _grouped(b, a))
+        logits = b.op("Mul", b.op("MatMul", q, b.op("Transpose", keys, perm=[0, 1, 3, 2])), b.const(a.scale, F32))
+        logits = b.op("Where", b.op("Unsqueeze", b(part.held), b.ints(1, 2)), logits, b.const(HIDDEN, F32))
+        top = b.op("ReduceMax", logits, b.ints(3), keepdims=1)
+        p = b.op("Softmax", logits, axis=-1)
+        return b.op("MatMul", p, values), b.op("Sub", top, b.op("Log", b.op("ReduceMax", p, b.ints(3), keepdims=1)))
+
+    def _queries(self, b: Builder, a: Operands, part: Part) -> str:
+        """q[B, 1, H D] in units of the keys' codes."""
+        q, scale = self.flatten(b, a.q), _scale(b, part.k)
+        if scale is None:
+            return q
+        q = b.op("Mul", b.op("Reshape", q, _grouped(b, a)), scale)
+        if part.wide:
+            q = b.op("MatMul", q, b.const(planes(a.width)[1]))
+        return b.op("Reshape", q, b.ints(0, 1, a.heads * a.width))
+
+    def _context(self, b: Builder, a: Operands, part: Part, y: str) -> str:
+        """What the operator returns, in codes, as values [B, G, H/G, D]."""
+        y = b.op("Reshape", y, _grouped(b, a))
+        if part.v.scale is None:
+            return y
+        if part.wide:
+            _, inverse, offset = planes(a.width)
+            y = b.op("Add", b.op("MatMul", y, b.const(inverse.T.contiguous())), b.const(offset))
+        y = b.op("Mul", y, b(part.v.scale))
+        y = y if part.v.center is None else b.op("Add", y, b(part.v.center))
+        return y if part.v.balance is None else b.op("Mul", y, b(part.v.balance))
+
+    def _row(self, b: Builder, a: Operands, part: Part, read: Read) -> str:
         """The new row in units of the scale, [B, 1, G D]: the operator rounds and clips it."""
-        flat = self.flatten(b, read.new)  # type: ignore[arg-type]
         if read.scale is None:
-            return flat
-        value = b.op("Reshape", flat, b.ints(0, a.groups, 1, a.width))
-        if read.center is not None:
-            value = b.op("Sub", value, b(read.center))
+            return self.flatten(b, read.new)  # type: ignore[arg-type]
+        if part.wide:  # what is stored already, as the operator reads it
+            digits = b.op("Add", b.cast(b(read.codes), torch.int8, F32), b.const(2.0, F32))
+            value = b.op("Sub", b.op("MatMul", digits, b.const(planes(a.width)[0].T.contiguous())), b.const(8.0, F32))
+            return b.op("Reshape", value, b.ints(0, 1, a.groups * a.width))
+        value = b.op("Reshape", self.flatten(b, read.new), b.ints(0, a.groups, 1, a.width))  # type: ignore[arg-type]
+        value = value if read.balance is None else b.op("Div", value, b(read.balance))
+        value = value if read.center is None else b.op("Sub", value, b(read.center))
         return b.op("Reshape", b.op("Div", value, b(read.scale)), b.ints(0, 1, a.groups * a.width))
 
     def _returned(self, b: Builder, part: Part, a: Operands, present: list[str]) -> None:
-        for which, read, value in zip("kv", (part.k, part.v), present, strict=True):
+        for which, read, value in zip("kv", part.reads, present, strict=True):
             name = f"{which}.{a.layer}{part.partition.suffix()}"
             width = int(read.past.meta["val"].shape[3])
             b.replaced[name] = (value, ["B", a.groups, past_symbol(f"past_{name}"), width])
@@ -435,12 +505,55 @@ class KVContrib(Contrib):
         logits = b.op("Where", seen, logits, b.const(HIDDEN, F32))
         top = b.op("ReduceMax", logits, b.ints(3), keepdims=1)
         mass = b.op("Log", b.op("ReduceMax", b.op("Softmax", logits, axis=-1), b.ints(3), keepdims=1))
-        total_ = b.op("Reshape", b.op("Sub", top, mass), b.ints(0, a.groups, a.heads // a.groups, 1))
-        if part.k.center is None:
-            return total_
-        q = b.op("Reshape", self.flatten(b, a.q), b.ints(0, a.groups, a.heads // a.groups, a.width))
-        shift = b.op("MatMul", q, b.op("Reshape", b(part.k.center), b.ints(0, a.groups, a.width, 1)))  # the codes have no centre
-        return b.op("Add", total_, b.op("Mul", shift, b.const(a.scale, F32)))
+        found = b.op("Reshape", b.op("Sub", top, mass), b.ints(0, a.groups, a.heads // a.groups, 1))
+        shift = _middle(b, a, part)
+        if shift is None:
+            return found
+        q = b.op("Reshape", self.flatten(b, a.q), _grouped(b, a))
+        shift = b.op("MatMul", q, b.op("Reshape", shift, b.ints(0, a.groups, a.width, 1)))
+        return b.op("Add", found, b.op("Mul", shift, b.const(a.scale, F32)))
+
+
+def _grouped(b: Builder, a: Operands) -> str:
+    return b.ints(0, a.groups, a.heads // a.groups, a.width)
+
+
+def _scale(b: Builder, read: Read) -> str | None:
+    """What a code of one is worth, [B, G, 1, D]."""
+    if read.scale is None or read.balance is None:
+        return None if read.scale is None else b(read.scale)
+    return b.op("Mul", b(read.scale), b(read.balance))
+
+
+def _middle(b: Builder, a: Operands, part: Part) -> str | None:
+    """The key that codes of zero stand for, [B, G, 1, D]: softmax does not see it, a merge does. None if it is zero."""
+    k, middle = part.k, None
+    if part.wide:
+        middle = b.op("Mul", b(k.scale), b.const(planes(a.width)[2]))
+    if k.center is not None:
+        middle = b(k.center) if middle is None else b.op("Add", middle, b(k.center))
+    return middle if middle is None or k.balance is None else b.op("Mul", middle, b(k.balance))
+
+
+@functools.cache
+def planes(width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """2-bit codes as 4-bit ones: (forward[D, D], inverse[D, D], offset[D]) with  nibbles - 8 = forward (codes + 2) - 8  and
+    codes = inverse (nibbles - 8) + offset.
+
+    A byte u0 + 4 u1 + 16 u2 + 64 u3 is two nibbles, (u0 + 4 u1, u2 + 4 u3); four times the byte, modulo 256, is two more,
+    (4 u0, u1 + 4 u2). The four determine u linearly, so q and the output are transformed, and the rows need one multiplication.
+    """
+    digits = torch.tensor([[1.0, 4, 0, 0], [0, 0, 1, 4], [4, 0, 0, 0], [0, 1, 4, 0]])
+    forward = torch.zeros(width, width)
+    for byte in range(width // 4):
+        at = torch.tensor([2 * byte, 2 * byte + 1, width // 2 + 2 * byte, width // 2 + 2 * byte + 1])
+        forward[at[:, None], torch.arange(4 * byte, 4 * byte + 4)] = digits
+    inverse = torch.linalg.inv(forward.double())
+    return forward, inverse.float(), (8 * inverse.sum(1) - 2).float()
+
+
+def _two_planes(b: Builder, past: str) -> str:
+    return b.op("Concat", past, b.op("Mul", past, b.const(4, torch.uint8)), axis=3)
 
 
 def _emitter(node: Node) -> Emitter:
@@ -470,7 +583,7 @@ def _hide_last(b: Builder, held: str, total: str) -> str:
     return b.op("Where", last, b.const(-1e9, F32), b.const(0.0, F32))
 
 
-def _note(layer: int, form: KVFormat, narrow: bool) -> str:
-    what = " + ".join(f"{p.code} per {p.k_per}/{p.v_per}" if p.code != "float" else "float" for p in form.partitions)
+def _note(layer: int, slow: Sequence[Partition], narrow: bool) -> str:
+    what = " + ".join(f"{p.code} per {p.k_per}/{p.v_per}" if p.code != "float" else "float" for p in slow)
     why = "its heads, window or type do not fit the fused operator" if narrow else "no fused operator reads it"
-    return f"layer {layer}: the cache ({what}) is dequantized in every step, {why}: it saves memory, not time"
+    return f"layer {layer}: the cache's {what} part is dequantized in every step, {why}: it saves memory, not time"

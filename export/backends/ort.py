@@ -78,8 +78,8 @@ def _lower_stage(program: Program, name: str, folder: Path, weights: Any, settin
     from ..to_onnx import dim_name, dim_names, save, to_onnx
 
     stage = expand(pack_codes(program[name], program.kv), {**EMITTERS, **PORTABLE, **KV_OPS}).clone()
-    contrib = KVContrib(stage, decode=name == "decode", kv=program.kv)
-    model = to_onnx(stage, name, weights, KV_OPS, at=contrib.emitters if settings["fuse"] else None)
+    contrib = KVContrib(stage, decode=name == "decode", kv=program.kv) if settings["fuse"] else None
+    model = to_onnx(stage, name, weights, KV_OPS, at=contrib.emitters if contrib else None)
     file = f"components/{name}.onnx"
     save(model, folder / file)
     made = {
@@ -87,17 +87,17 @@ def _lower_stage(program: Program, name: str, folder: Path, weights: Any, settin
         "weights": f"components/{WEIGHTS}",
         "inputs": _describe(model.graph.input),
         "outputs": _describe(model.graph.output),
-        "in_place": contrib.in_place,
+        "in_place": contrib.in_place if contrib else [],
         "threads": settings["threads"],
     }
     if name == "prefill":
         names = dim_names(stage)
-        made["padded"] = contrib.padded if settings["fuse"] else []
+        made["padded"] = contrib.padded if contrib else []
         made["rows"] = {
             o: dim_name(n.meta["val"].shape[2], names) for o, n in stage.output_nodes.items() if o.partition(".")[0] in ("k", "v")
         }
     if name == "decode":
-        made["notes"] = contrib.notes
+        made["notes"] = contrib.notes if contrib else []
     return made
 
 
