@@ -40,7 +40,7 @@ class Config:
     recipe: str  # inline text, the whole of it
     section: str
     budget: float | None
-    uniform: str = ""  # recipe of the control
+    uniform: tuple[str, ...] = ()  # recipes of the controls: in reading order, and without aliasing
     random: tuple[str, ...] = ()
     label: str = ""  # what tells it from others of the same method and budget
     extra: str = ""  # the outside input it is given, a key of testbed_table.EXTRAS
@@ -120,7 +120,8 @@ def chain(name: str, layers: Sequence[int], kept: Sequence[int], **parameters: o
 
 def controls(layers: Sequence[int], kept: Sequence[int]) -> dict[str, object]:
     seeds = SEEDS if len(layers) == 1 else SEEDS[:1]
-    return {"uniform": chain("drop-uniform", layers, kept), "random": tuple(chain("drop-random", layers, kept, seed=s) for s in seeds)}
+    uniform = (chain("drop-uniform", layers, kept), chain("drop-uniform", layers, kept, staggered=True))
+    return {"uniform": uniform, "random": tuple(chain("drop-random", layers, kept, seed=s) for s in seeds)}
 
 
 def averaged(mean: float) -> dict[str, object]:
@@ -130,7 +131,7 @@ def averaged(mean: float) -> dict[str, object]:
 
 
 def before(budget: float) -> dict[str, object]:
-    uniform = recipe(step("prune-uniform", keep=budget))
+    uniform = (recipe(step("prune-uniform", keep=budget)), recipe(step("prune-uniform", keep=budget, by="grid")))
     return {"uniform": uniform, "random": tuple(recipe(step("prune-random", keep=budget, seed=s)) for s in SEEDS)}
 
 
@@ -146,6 +147,9 @@ def vision(name: str, budget: float) -> Iterator[Config]:
 
     if name == "prune-random":
         yield from (made(step(name, keep=budget, seed=s), f"seed {s}") for s in SEEDS)
+    elif name == "prune-uniform":
+        yield made(step(name, keep=budget), "by order")
+        yield made(step(name, keep=budget, by="grid"), "by grid")
     elif name == "prune-fopru":
         yield made(step(name, keep=budget), "by token")
         note = () if K % 12 == 0 else ("keeps whole rows of 12 tokens, so it lies below the budget",)
@@ -181,6 +185,9 @@ def cut(name: str, section: str, budget: float, layer: int, kept: int) -> Iterat
 
     if name == "drop-random":
         yield from (made(step(name, layer=layer, keep=keep, seed=s), f"seed {s}") for s in SEEDS)
+    elif name == "drop-uniform":
+        yield made(step(name, layer=layer, keep=keep), "by order")
+        yield made(step(name, layer=layer, keep=keep, staggered=True), "staggered")
     elif name == "drop-zip-vl":
         yield made(step(name, layers=[layer], keeps=[keep]), "at most")
     else:

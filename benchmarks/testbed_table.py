@@ -282,14 +282,14 @@ def batches(items: Sequence[Item]) -> Iterator[list[Item]]:
 
 
 def todo(configs: Sequence[Config], done: dict[str, Line]) -> list[tuple[str, str]]:
-    """(recipe, its outside input), every recipe once: the unreduced model, then configurations with the uniform control that each needs, then
+    """(recipe, its outside input), every recipe once: the unreduced model, then configurations with the uniform controls that each needs, then
     the random ones that no configuration is (second draws, the stages of others)."""
     wanted: dict[str, str] = {NONE: ""}
     for c in configs:
         if "seed=1" not in c.recipe:
             wanted.setdefault(c.recipe, c.extra)
-        if c.uniform:
-            wanted.setdefault(c.uniform, "")
+        for control in c.uniform:
+            wanted.setdefault(control, "")
     for control in (r for c in configs for r in c.random):
         wanted.setdefault(control, "")
     return [(r, e) for r, e in wanted.items() if r not in done]
