@@ -75,28 +75,37 @@ class Partition:
 class KVFormat:
     """The partitions of one layer: the one that decode appends to first. Attention reads them all; their order does not matter.
 
-    residual: > 0 where a flush moves rows from the appended partition to the other, `residual` at a time.
+    flush: what becomes of the oldest appended rows once there are enough: (partition, rows) each; the stage `flush` stores them there.
+    keep: how many appended rows a flush leaves at least.
     """
 
     partitions: tuple[Partition, ...]
-    residual: int = 0
+    flush: tuple[tuple[str, int], ...] = ()
+    keep: int = 0
 
     def __post_init__(self) -> None:
         names = [p.name for p in self.partitions]
         if not names or names[0] != APPENDED or len(set(names)) != len(names):
             raise GraphError(f"kv: a format has one partition named '' first and others by distinct names, not {names}")
+        if unknown := [n for n, _ in self.flush if n not in names[1:]]:
+            raise GraphError(f"kv: a flush moves rows to {unknown}; partitions that are not appended to are {names[1:]}")
+
+    @property
+    def residual(self) -> int:
+        """Rows that one flush moves, 0 = there is none."""
+        return sum(rows for _, rows in self.flush)
 
     @classmethod
     def read(cls, stored: Mapping[str, Any] | KVFormat | None) -> KVFormat | None:
         """Back from the manifest's JSON; None is plain float."""
         if stored is None or isinstance(stored, KVFormat):
             return stored
-        if not isinstance(stored, Mapping) or {"partitions", "residual"} - set(stored):
-            raise GraphError(f"kv: {stored!r} is no format; a format is an object with 'partitions' and 'residual'")
+        if not isinstance(stored, Mapping) or {"partitions", "flush", "keep"} - set(stored):
+            raise GraphError(f"kv: {stored!r} is no format; a format is an object with 'partitions', 'flush' and 'keep'")
         known = {f.name for f in fields(Partition)}
         if unknown := sorted({k for p in stored["partitions"] for k in p} - known):
             raise GraphError(f"kv: a partition has no {unknown}; it has {sorted(known)}")
-        return cls(tuple(Partition(**p) for p in stored["partitions"]), int(stored["residual"]))
+        return cls(tuple(Partition(**p) for p in stored["partitions"]), tuple((str(n), int(r)) for n, r in stored["flush"]), int(stored["keep"]))
 
     def bytes(self, rows: Mapping[str, Any], heads: int, head_dim: int, value_dim: int, element: int) -> Any:
         """Of one sample. rows: partition name -> rows held (numbers or expressions); element: bytes of a float of the model.

@@ -9,13 +9,17 @@ from ..graph.kv_format import BITS, Partition
 
 F = torch.ops.foveate
 TINY = 1e-3  # in float16 too, its inverse is a number
+LEVELS = 15  # of fsq4
+WIDE = 2.0  # fsq4: scale over mean |x - center|; atanh(14 / 15) of it, 3.4 mean deviations, is the last level
 
 
 def states(x: Tensor, valid: Tensor, part: Partition, which: str, margin: float, balance: Tensor | None = None) -> tuple[Tensor, ...]:
-    """x[B, G, T, D], valid[B, T]  ->  (scale,), (scale, center) or (scale, [center,] balance), as the partition stores them"""
+    """x[B, G, T, D], valid[B, T]  ->  (scale[, center][, balance]), as the partition stores them"""
     if which in part.balanced:
         x = x / balance
-    scale, center = F.kv_scale(x, valid, BITS[part.code], part.per(which), part.centred, margin)
+    bits = 1 if part.code == "fsq4" else BITS[part.code]  # one bit: scale = mean |x - center|
+    scale, center = F.kv_scale(x, valid, bits, part.per(which), part.centred, margin)
+    scale = scale * (127 / 448) if part.code == "fp8" else scale * WIDE if part.code == "fsq4" else scale
     return scale, *([center] if part.centred else []), *([balance] if which in part.balanced else [])
 
 
@@ -30,12 +34,23 @@ def balance(x: Tensor, valid: Tensor, q: Tensor | None) -> Tensor:
 def encode(x: Tensor, state: tuple[Tensor, ...], part: Partition, which: str) -> Tensor:
     """x[B, G, T, D]  ->  codes int8[B, G, T, D]"""
     x = x / state[-1] if which in part.balanced else x
-    return F.quantize_kv(x, state[0], state[1] if part.centred else None, BITS[part.code], part.block(which))
+    scale, center, block = state[0], state[1] if part.centred else None, part.block(which)
+    if part.code == "fp8":
+        return F.quantize_fp8(x, scale, block)
+    if part.code == "fsq4":
+        return F.quantize_fsq(x, scale, center, LEVELS, block)
+    return F.quantize_kv(x, scale, center, BITS[part.code], block)
 
 
 def decode(codes: Tensor, state: tuple[Tensor, ...], part: Partition, which: str, dtype: torch.dtype) -> Tensor:
     """codes[B, G, T, D]  ->  x[B, G, T, D]"""
     if part.code == "float":
         return codes
-    x = F.dequantize_kv(codes, state[0], state[1] if part.centred else None, part.block(which))
+    scale, center, block = state[0], state[1] if part.centred else None, part.block(which)
+    if part.code == "fp8":
+        x = F.dequantize_fp8(codes, scale, block)
+    elif part.code == "fsq4":
+        x = F.dequantize_fsq(codes, scale, center, LEVELS, block)
+    else:
+        x = F.dequantize_kv(codes, scale, center, block)
     return (x * state[-1] if which in part.balanced else x).to(dtype)

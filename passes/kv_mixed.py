@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from torch.fx import Node
 
-from ..graph.kv_format import Partition
+from ..graph.kv_format import KVFormat, Partition
 from ..graph.program import KVLayer, Program
 from ..graph.sites import role
 from ..graph.splice import splice
@@ -23,7 +23,7 @@ from .reduce import share
 from .taps import ATTENTION, last_valid
 
 F = torch.ops.foveate
-LO = "lo"
+HI, LO = "hi", "lo"
 Code = Literal["float", "int8", "int4", "int2", "fp8", "sign", "fsq4"]
 Share = Annotated[float, Ge(0), Le(1)]
 
@@ -34,6 +34,8 @@ class MixedKV(StoreKV):
 
     text: only visual tokens are demoted, and the share is of them; false: of all tokens. sinks, recent: the first and last tokens of the
     prompt rank before all others. A sliding-window layer keeps every row as `hi`: its rows are known by their places.
+    streaming_gap: 0 = what is generated is `hi` at once. Else it is float (and the prompt's last `recent` tokens with it) until so many tokens
+    wait; a flush then divides them into `hi` and `lo` by what the newest query gives them. A row is quantized once.
     """
 
     hi: Code = "int8"
@@ -42,6 +44,7 @@ class MixedKV(StoreKV):
     text: bool = True
     sinks: Annotated[int, Ge(0)] = 4
     recent: Annotated[int, Ge(0)] = 16
+    streaming_gap: Annotated[int, Ge(0)] = 0
 
     limit: ClassVar[Callable[..., Tensor] | None] = None  # a method's own: (self, **taps) -> [B], how many tokens the data ask for
 
@@ -54,7 +57,17 @@ class MixedKV(StoreKV):
         """
 
     def partitions(self, entry: KVLayer) -> tuple[Partition, ...]:
-        return (self.high(), *(() if entry.window else (self.low(),)))
+        if entry.window:
+            return (self.high(),)
+        if self.streaming_gap:
+            return Partition(code="float"), replace(self.high(), name=HI), self.low()
+        return self.high(), self.low()
+
+    def format(self, entry: KVLayer, parts: tuple[Partition, ...]) -> KVFormat:
+        if len(parts) < 3:
+            return KVFormat(parts)
+        hi = share(self.important, self.streaming_gap)
+        return KVFormat(parts, tuple((name, rows) for name, rows in ((HI, hi), (LO, self.streaming_gap - hi)) if rows), self.recent)
 
     def high(self) -> Partition:
         return Partition(code=self.hi, centred=self.hi not in ("float", "int8", "fp8"))
@@ -71,8 +84,9 @@ class MixedKV(StoreKV):
             return
         stage, rows = program["prefill"], rows_of(program, entry)
         important, n_hi, n_lo = self.split(program, rows.attention)
-        masks = splice(stage, output(stage), _masks, important, rows.index, rows.valid)
-        for part, mask, size in zip(parts, masks, (n_hi, n_lo), strict=True):
+        masks = splice(stage, output(stage), _masks, important, rows.index, rows.valid, self.recent if self.streaming_gap else -1)
+        sizes = (max(self.recent, 1), n_hi, n_lo) if self.streaming_gap else (n_hi, n_lo)
+        for part, mask, size in zip(parts, masks, sizes, strict=True):
             k, v, held, count = splice(stage, output(stage), gathered, rows.k, rows.v, mask, size)
             for which, node in (("k", k), ("v", v)):
                 self.emit(stage, entry, which, node, held, part, f"{self.name}.{entry.layer}", rows.attention.args[0])
@@ -113,8 +127,10 @@ def _call(method: Callable[..., Tensor], read: dict[str, Any]) -> Tensor:
     return method(**{n: read[n] for n in inspect.signature(method).parameters})
 
 
-def _masks(important: Tensor, index: Tensor | None, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """For rows that were gathered by `index` since: which are important, and which are not."""
+def _masks(important: Tensor, index: Tensor | None, valid: Tensor, recent: int) -> tuple[Tensor, ...]:
+    """For rows that were gathered by `index` since: which are recent (-1: not asked), which important, and which are neither"""
     important = important if index is None else F.keep_tokens(important, index)
-    return important & valid, valid & ~important
-
+    if recent < 0:
+        return important & valid, valid & ~important
+    new = valid & (torch.arange(valid.shape[1], device=valid.device)[None] > last_valid(valid) - recent)
+    return new, important & valid & ~new, valid & ~important & ~new

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge
@@ -26,6 +26,7 @@ from ..graph.splice import splice
 from ..graph.stage import sweep
 from . import kv_codecs
 from .base import Pass
+from .kv_flush import add_flush
 from .kv_rows import give, output, position, rows_of
 
 F = torch.ops.foveate
@@ -35,6 +36,8 @@ SAMPLE = 937  # any size that nothing else has: a new symbol stands for it
 @dataclass(frozen=True)
 class StoreKV(Pass):
     """Gives layers a format. `layers`: which (none named: all that have none yet)."""
+
+    place: ClassVar[str] = "cache"
 
     layers: tuple[Annotated[int, Ge(0)], ...] = ()
 
@@ -48,17 +51,17 @@ class StoreKV(Pass):
             parts = self.partitions(entry)
             self.prefill(program, entry, parts)
             take(program, entry, parts)
-            program.kv = [replace(e, format=KVFormat(parts, self.flushes())) if e.layer == entry.layer else e for e in program.kv]
+            program.kv = [replace(e, format=self.format(e, parts)) if e.layer == entry.layer else e for e in program.kv]
         for stage in (program["prefill"], program["decode"]):
             sweep(stage)
             retype(stage)
             stage.module.recompile()
         program.kv = derive_kv(program)
+        add_flush(program)
         return bool(entries)
 
-    def flushes(self) -> int:
-        """KVFormat.residual"""
-        return 0
+    def format(self, entry: KVLayer, parts: tuple[Partition, ...]) -> KVFormat:
+        return KVFormat(parts)
 
     def chosen(self, program: Program) -> list[KVLayer]:
         if not program.kv or "decode" not in program.stages:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ...graph.kv_format import BITS, KVFormat
+from ...graph.kv_format import APPENDED, BITS, FLOAT, KVFormat, Partition
 from ..errors import LowerError
 from ._cache import check_prefix
 from ._kv_check import check_finite
@@ -160,7 +160,8 @@ class EagerEngine(Engine):
         replace = {torch.ops.foveate.attention.default: sdpa} if (attention or any_part["attention"]) == "sdpa" else {}
         tensors = load_file(str(artifact.file(WEIGHTS)), device=str(self.device))
         self.layers = [int(entry["layer"]) for entry in artifact.manifest["kv"]]
-        self.packed = _packed(artifact.manifest["kv"])
+        self.formats = {int(e["layer"]): KVFormat.read(e.get("format")) or FLOAT for e in artifact.manifest["kv"]}
+        self.packed = _packed(self.formats)
         self.modules: dict[str, Any] = {}
         self.names: dict[str, tuple[list[str], list[str]]] = {}
         for stage, part in self.parts.items():
@@ -206,8 +207,8 @@ class EagerEngine(Engine):
         check_prefix(feeds["attention_mask"])
         out = self.run("prefill", feeds)
         spare = max(capacity - feeds["input_ids"].shape[1], 1)
-        inputs, outputs = self.names["decode"]
-        values, lengths = {}, {}
+        inputs = self.names["decode"][0]
+        values, lengths = {}, {"lengths": out["kv_lengths"].cpu().numpy().astype(np.int64)}
         for name in inputs:
             made = f"kv_{name}" if name.startswith("lengths") else name.removeprefix("past_")
             made = f"kv_{made}" if made.startswith("pos.") else made
@@ -219,17 +220,37 @@ class EagerEngine(Engine):
                 values[name] = out[made]
             else:
                 check_finite(made, out[made])
-                values[name] = self._stored(name, out[made], spare if made in outputs or made.startswith("kv_pos.") else 0)
+                values[name] = self._stored(name, out[made])
         slot = self.torch.as_tensor(feeds["attention_mask"]).sum(1, keepdim=True).to(self.device)
-        cache = EagerCache(self.layers, values, lengths or {"lengths": out["kv_lengths"].cpu().numpy().astype(np.int64)}, slot)
+        cache = EagerCache(self.layers, values, lengths, slot)
+        self._make_room(cache, spare)
         return {n: _array(t) for n, t in out.items() if n.partition(".")[0] not in ("k", "v", "conv", "kv_pos")}, cache
 
-    def _stored(self, name: str, value: torch.Tensor, spare: int) -> torch.Tensor:
-        """What the cache holds of a past: packed, with `spare` empty rows behind."""
-        if name in self.packed:
-            value = self.torch.ops.foveate.pack_kv(value, self.packed[name])
-        axis = 1 if name.startswith("past_pos.") else 2
-        return _padded(value, axis, value.shape[axis] + spare) if spare else value
+    def _stored(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """What the cache holds of a past."""
+        return self.torch.ops.foveate.pack_kv(value, self.packed[name]) if name in self.packed else value
+
+    def _make_room(self, cache: EagerCache, spare: int) -> None:
+        """Buffers for `spare` more tokens: the appended partition grows, those a flush fills too; the others are cut to what they hold."""
+        for row, layer in enumerate(self.layers):
+            form = self.formats[layer]
+            for part in form.partitions:
+                held = int(cache.parts[f"lengths{part.suffix()}"][row].max(initial=0))
+                if part.name == APPENDED:
+                    rows = cache.values[f"past_k.{layer}"].shape[2] + (min(spare, form.residual + 1) if form.residual else spare)
+                else:
+                    rows = max(held + dict(form.flush).get(part.name, 0) * -(-spare // max(form.residual, 1)), 1)
+                self._resize(cache, layer, part, rows)
+            if f"past_pos.{layer}" in cache.values:
+                cache.values[f"past_pos.{layer}"] = _resized(cache.values[f"past_pos.{layer}"], 1, cache.values[f"past_k.{layer}"].shape[2])
+
+    def _resize(self, cache: EagerCache, layer: int, part: Partition, rows: int) -> None:
+        """Codes, and the states that rows bring with them, with room for `rows` rows."""
+        for which in "kv":
+            name, per, block = f"past_{which}.{layer}{part.suffix()}", part.per(which), part.block(which) or 1
+            cache.values[name] = _resized(cache.values[name], 2, rows)
+            for state in (s for s in part.states(which) if s != "balance" and per != "channel"):
+                cache.values[f"{name}.{state}"] = _resized(cache.values[f"{name}.{state}"], 2, -(-rows // block))
 
     def _read(self, name: str, value: torch.Tensor) -> torch.Tensor:
         if name not in self.packed:
@@ -238,6 +259,8 @@ class EagerEngine(Engine):
         return self.torch.ops.foveate.unpack_kv(value, self.packed[name], width)
 
     def decode(self, cache: EagerCache, input_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:  # type: ignore[override]
+        if "flush" in self.modules:
+            self._flush(cache)
         self._grow(cache)
         past = {n: self._read(n, t) for n, t in cache.values.items()}
         feeds = {"input_ids": input_ids, "position_ids": position_ids, "slot": cache.slot, **cache.parts, **past}
@@ -247,8 +270,8 @@ class EagerEngine(Engine):
         for name, value in out.items():
             which, _, rest = name.partition(".")
             if which in ("k", "v"):
-                cache.values[f"past_{name}"][samples, :, at[int(rest.split(".")[0])]] = self._stored(f"past_{name}", value, 0)[:, :, 0]
-            elif which == "conv":
+                cache.values[f"past_{name}"][samples, :, at[int(rest.split(".")[0])]] = self._stored(f"past_{name}", value)[:, :, 0]
+            elif which in ("conv", "q"):
                 cache.values[name] = value
         for layer in cache.layers:
             if f"past_pos.{layer}" in cache.values:
@@ -257,36 +280,67 @@ class EagerEngine(Engine):
         cache.slot = cache.slot + 1
         return _array(out["logits"])
 
+    def _flush(self, cache: EagerCache) -> None:
+        """Where enough appended rows wait, move the oldest to their partitions; one run for all samples, each takes what is its own."""
+        due = {}
+        for row, layer in enumerate(cache.layers):
+            form = self.formats[layer]
+            ready = cache.lengths[row] >= form.residual + form.keep if form.residual else np.zeros(0, bool)
+            if ready.any():
+                due[row, layer] = ready
+        if not due:
+            return
+        oldest = {n: t[:, :, : self.formats[int(n.split(".")[1])].residual] if n.count(".") == 1 else t
+                  for n, t in cache.values.items() if n.startswith("past_") and n in self.names["flush"][0]}
+        out = self.run("flush", {**oldest, **{n: t for n, t in cache.values.items() if n.startswith("q.")}})
+        for (row, layer), ready in due.items():
+            self._settle(cache, row, layer, np.flatnonzero(ready), out)
+
+    def _settle(self, cache: EagerCache, row: int, layer: int, samples: np.ndarray, out: dict[str, torch.Tensor]) -> None:
+        form = self.formats[layer]
+        for name, rows in form.flush:
+            lengths = cache.parts[f"lengths.{name}"]
+            part = next(p for p in form.partitions if p.name == name)
+            self._resize(cache, layer, part, max(int(lengths[row][samples].max()) + rows, cache.values[f"past_k.{layer}.{name}"].shape[2]))
+            for made in (n for n in out if n.startswith((f"k.{layer}.{name}", f"v.{layer}.{name}"))):
+                value = self._stored(f"past_{made}", out[made])
+                block = rows // value.shape[2]
+                for b in samples:
+                    start = int(lengths[row, b]) // block
+                    cache.values[f"past_{made}"][b, :, start : start + value.shape[2]] = value[b]
+            lengths[row, samples] += rows
+        for which in "kv":
+            for b in samples:
+                waiting = cache.values[f"past_{which}.{layer}"][b]
+                waiting[:, : -form.residual] = waiting[:, form.residual :].clone()
+        cache.lengths[row, samples] -= form.residual
+
     def _grow(self, cache: EagerCache) -> None:
-        grown = [f"past_{n}" for n in self.names["decode"][1] if n.partition(".")[0] in ("k", "v")]
+        """Room for one more row in every layer (twice the rows)."""
         for row, layer in enumerate(cache.layers):
             have = cache.values[f"past_k.{layer}"].shape[2]
             if int(cache.lengths[row].max(initial=0)) >= have:
-                for name in (*grown, f"past_pos.{layer}"):
-                    if name in cache.values and int(name.split(".")[1]) == layer:
-                        cache.values[name] = _padded(cache.values[name], 1 if name.startswith("past_pos") else 2, 2 * have)
+                self._resize(cache, layer, self.formats[layer].partitions[0], 2 * have)
+                if f"past_pos.{layer}" in cache.values:
+                    cache.values[f"past_pos.{layer}"] = _resized(cache.values[f"past_pos.{layer}"], 1, 2 * have)
 
     def close(self) -> None:
         self.modules.clear()
 
 
-def _packed(table: list[dict[str, Any]]) -> dict[str, int]:
+def _packed(formats: Mapping[int, KVFormat]) -> dict[str, int]:
     """name of a past -> bits, of those that hold several codes to a byte"""
-    found = {}
-    for entry in table:
-        form = KVFormat.read(entry.get("format"))
-        for part in form.partitions if form else ():
-            if 0 < BITS[part.code] < 8:
-                found |= {f"past_{which}.{entry['layer']}{part.suffix()}": BITS[part.code] for which in "kv"}
-    return found
+    small = [(layer, part) for layer, form in formats.items() for part in form.partitions if 0 < BITS[part.code] < 8]
+    return {f"past_{which}.{layer}{part.suffix()}": BITS[part.code] for layer, part in small for which in "kv"}
 
 
-def _padded(value: torch.Tensor, axis: int, rows: int) -> torch.Tensor:
-    """The tensor at the front of a zero one with `rows` along `axis`."""
+def _resized(value: torch.Tensor, axis: int, rows: int) -> torch.Tensor:
+    """The tensor with `rows` along `axis`: cut, or with zeros behind."""
     shape = list(value.shape)
     shape[axis] = rows
     room = value.new_zeros(shape)
-    room.narrow(axis, 0, value.shape[axis]).copy_(value)
+    kept = min(rows, value.shape[axis])
+    room.narrow(axis, 0, kept).copy_(value.narrow(axis, 0, kept))
     return room
 
 

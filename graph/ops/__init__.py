@@ -21,6 +21,8 @@
     kv_held             which rows of a partition that is only read are valid
     kv_scale            scales and centres of keys or values
     quantize_kv, dequantize_kv   keys or values as codes, and back
+    quantize_fp8, dequantize_fp8   the same in E4M3
+    quantize_fsq, dequantize_fsq   the same by finite scalar quantization
     pack_kv, unpack_kv  codes of less than a byte
 
 Add an op: a file with a decorated body; `graph/ops/_define.py` explains the rule.
