@@ -13,7 +13,7 @@ import numpy as np
 from ...graph.kv_format import APPENDED, BITS, FLOAT, KVFormat, Partition
 from ..errors import LowerError
 from ._cache import check_prefix
-from ._kv_check import check_finite
+from ._kv_check import check_finite, clip_rate
 from .base import Arrays, Backend, Cache, Engine
 
 if TYPE_CHECKING:
@@ -132,14 +132,23 @@ def _describe(name: str, val: torch.Tensor, names: Mapping[str, str]) -> dict[st
 class EagerCache(Cache):
     """past_*, conv.* by the decode stage's names, on the device, zero where nothing was written; sub-byte codes are packed."""
 
-    def __init__(self, layers: list[int], values: dict[str, torch.Tensor], lengths: dict[str, np.ndarray], slot: torch.Tensor) -> None:
-        self.layers, self.values, self.parts, self.slot = layers, values, lengths, slot
-        self.lengths = lengths["lengths"]
+    def __init__(self, engine: EagerEngine, values: dict[str, torch.Tensor], parts: dict[str, np.ndarray], slot: torch.Tensor) -> None:
+        self.engine, self.layers = engine, engine.layers
+        self.values, self.parts, self.slot = values, parts, slot
+        self.lengths = parts["lengths"]
         self.start = self.lengths.copy()  # rows of the prompt
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.values.values())
+        return sum(t.numel() * t.element_size() for n, t in self.values.items() if not n.startswith("q."))
+
+    def clip_rate(self) -> float | None:
+        return clip_rate(self.engine.formats, self.start, self.lengths, lambda n: self.engine.read(n, self.values[n]).cpu().numpy())
+
+    def take(self, samples: np.ndarray) -> EagerCache:
+        index = self.engine.torch.as_tensor(samples).to(self.slot.device)
+        values = {n: t.index_select(0, index) for n, t in self.values.items()}
+        return EagerCache(self.engine, values, {n: a[:, samples].copy() for n, a in self.parts.items()}, self.slot.index_select(0, index))
 
 
 class EagerEngine(Engine):
@@ -159,14 +168,18 @@ class EagerEngine(Engine):
             raise LowerError(f"eager: {artifact.path.name} was made for device {any_part['device']!r} and torch sees no CUDA device here")
         replace = {torch.ops.foveate.attention.default: sdpa} if (attention or any_part["attention"]) == "sdpa" else {}
         tensors = load_file(str(artifact.file(WEIGHTS)), device=str(self.device))
-        self.layers = [int(entry["layer"]) for entry in artifact.manifest["kv"]]
-        self.formats = {int(e["layer"]): KVFormat.read(e.get("format")) or FLOAT for e in artifact.manifest["kv"]}
-        self.packed = _packed(self.formats)
+        self._know(artifact.manifest["kv"])
         self.modules: dict[str, Any] = {}
         self.names: dict[str, tuple[list[str], list[str]]] = {}
         for stage, part in self.parts.items():
             module, inputs, outputs = from_json(json.loads(artifact.file(part["file"]).read_text()), tensors, self.device, replace)
             self.modules[stage], self.names[stage] = module, (inputs, outputs)
+
+    def _know(self, table: list[dict[str, Any]]) -> None:
+        """table: the KV table as the manifest has it."""
+        self.layers = [int(entry["layer"]) for entry in table]
+        self.formats = {int(e["layer"]): KVFormat.read(e.get("format")) or FLOAT for e in table}
+        self.packed = _packed(self.formats)
 
     @classmethod
     def of(cls, program: Program) -> EagerEngine:
@@ -184,8 +197,7 @@ class EagerEngine(Engine):
         engine.device = next((t.device for _, t in program.parameters()), torch.device("cpu"))
         if engine.device.type == "meta":
             raise LowerError("eager: the weights have no data (device meta); load the model's weights first")
-        engine.layers = [entry.layer for entry in program.kv]
-        engine.packed = _packed([asdict(entry) for entry in program.kv])
+        engine._know([asdict(entry) for entry in program.kv])
         engine.modules = {name: stage.module for name, stage in program.stages.items()}
         engine.names = {name: (stage.inputs, stage.outputs) for name, stage in program.stages.items()}
         return engine
@@ -222,7 +234,7 @@ class EagerEngine(Engine):
                 check_finite(made, out[made])
                 values[name] = self._stored(name, out[made])
         slot = self.torch.as_tensor(feeds["attention_mask"]).sum(1, keepdim=True).to(self.device)
-        cache = EagerCache(self.layers, values, lengths, slot)
+        cache = EagerCache(self, values, lengths, slot)
         self._make_room(cache, spare)
         return {n: _array(t) for n, t in out.items() if n.partition(".")[0] not in ("k", "v", "conv", "kv_pos")}, cache
 
@@ -252,7 +264,8 @@ class EagerEngine(Engine):
             for state in (s for s in part.states(which) if s != "balance" and per != "channel"):
                 cache.values[f"{name}.{state}"] = _resized(cache.values[f"{name}.{state}"], 2, -(-rows // block))
 
-    def _read(self, name: str, value: torch.Tensor) -> torch.Tensor:
+    def read(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """What decode reads of what the cache holds."""
         if name not in self.packed:
             return value
         width = next(i["shape"][3] for i in self.parts["decode"]["inputs"] if i["name"] == name)
@@ -262,7 +275,7 @@ class EagerEngine(Engine):
         if "flush" in self.modules:
             self._flush(cache)
         self._grow(cache)
-        past = {n: self._read(n, t) for n, t in cache.values.items()}
+        past = {n: self.read(n, t) for n, t in cache.values.items()}
         feeds = {"input_ids": input_ids, "position_ids": position_ids, "slot": cache.slot, **cache.parts, **past}
         out = self.run("decode", feeds)
         samples = self.torch.arange(cache.lengths.shape[1], device=self.device)
