@@ -3,6 +3,7 @@
     hidden[B, T, D], visual, valid [B, T] bool, visual_index[B, T]     the residual stream at the site, and what its tokens are
     q[B, H, T, D], k, v [B, G, T, D], mask, scale, causal, softcap     of the last attention before the site
     next_q[B, H, 1, D], next_k[B, G, T, D], next_scale, next_softcap   of the layer behind the site, q at the last valid row only
+    rope[B, T, 2 d] or None                                            cosines and sines of the rotary positions; None where there are none
     normed[B, T, D]                                                    the stream through the model's final norm
     rows[B, R], row_weight[B, R]                                       the question: text behind the last visual token; weights sum to 1
     raters[B, R]                                                       the same rows, weighted by their relevance to the image (SparseVLM)
@@ -31,6 +32,7 @@ F = torch.ops.foveate
 ATTENTION = ("q", "k", "v", "mask", "scale", "causal", "softcap")
 AHEAD = ("next_q", "next_k", "next_scale", "next_softcap")
 ROLES = ("visual", "valid", "visual_index")
+TABLES = (torch.ops.aten.cos.default, torch.ops.aten.sin.default)
 QUESTION = ("rows", "row_weight", "raters")
 
 
@@ -39,7 +41,7 @@ def collect(program: Program, where: Site, names: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"hidden": where.hidden}
     found |= {name: role(program, name, where.first) for name in ROLES}
     groups: list[tuple[tuple[str, ...], Callable[[Program, Site], dict[str, Any]]]] = [
-        (ATTENTION, before), (AHEAD, ahead), (("normed",), normed), (QUESTION, question), (("original",), original), (("image",), image)]
+        (ATTENTION, before), (AHEAD, ahead), (("rope",), rope), (("normed",), normed), (QUESTION, question), (("original",), original), (("image",), image)]
     for group, build in groups:
         if set(group) & set(names):
             found |= build(program, where)
@@ -101,6 +103,22 @@ def replay(stage: Stage, where: Site, wanted: Node, feed: dict[Node, Any]) -> No
         return new
 
     return copy(wanted)
+
+
+def rope(program: Program, where: Site) -> dict[str, Any]:
+    """The tables that every layer rotates by, as they cross the site."""
+    found = {}
+    for crossing in where.crossings:
+        value, node = crossing.node.meta["val"], crossing.node
+        if crossing.axes != (1,) or node is where.hidden or value.dim() != 3 or not value.is_floating_point():
+            continue
+        while node.target not in TABLES and len(node.all_input_nodes) == 1:  # through casts and scales
+            node = node.all_input_nodes[0]
+        if node.target in TABLES:
+            found[node.target] = crossing.node
+    if len(found) < 2:
+        return {"rope": None}
+    return {"rope": splice(program["prefill"], where.first, lambda c, s: torch.cat([c, s], -1), *(found[t] for t in TABLES))}
 
 
 def normed(program: Program, where: Site) -> dict[str, Any]:

@@ -1,13 +1,17 @@
 """SparseVLM: text tokens that speak of the image rate the visual tokens, and the best of the dropped are recycled."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from ...graph.program import Program
 from ..recycle import clusters, recycle
 from ..select import Keep, Layer, Staged
+
+F = torch.ops.foveate
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class DropSparseVlm(Staged):
     Zhang et al., "SparseVLM", ICML 2025. Defaults: v1.5's list for 192 tokens, after layers 2, 6, 15 (recipes: 192, 128, 96, 64); the first version's
     rank rule is those lists, chosen by the host. A merged token stands at its centre's place and position; the published code appends it behind the
     kept ones and renumbers positions, which is not reproduced. recycle: false drops the rest.
+    version 2 (SparseVLM+): p is divided by what rotary positions alone make of it, ones rotated for both places; only the `heads` share of heads that
+    looks at the image most counts; nothing is recycled, positions stay (recipes: sparsevlm2-192 ...). The published code takes 14 of 28 heads.
     mode: fixed breaks ties of the clustering by order (the published code adds noise); parity also drops at least one token per stage, as it does.
     """
 
@@ -31,18 +37,40 @@ class DropSparseVlm(Staged):
     layers: tuple[Layer, ...] = (3, 7, 16)
     keeps: tuple[Keep, ...] = (300, 200, 110)
     recycle: bool = True
+    version: Literal[1, 2] = 1
+    heads: Annotated[float, Field(gt=0, le=1)] = 0.5
     mode: Literal["fixed", "parity"] = "fixed"
 
-    def score(self, q: Tensor, k: Tensor, mask: Tensor | None, rows: Tensor, raters: Tensor, scale: float, causal: bool,
-              softcap: float) -> Tensor:
-        p = torch.ops.foveate.attention_rows(q, k, mask, rows, scale, causal, softcap).mean(1)
-        return (raters[:, None] @ p)[:, 0]
+    def run(self, program: Program) -> bool:
+        if self.version == 2 and program.facts.positions.get("kind") == "mrope":
+            raise self.fail(f"version 2 corrects for rotary positions of one axis, and those of {program.facts.model_type} have three")
+        return super().run(program)
+
+    def score(self, q: Tensor, k: Tensor, mask: Tensor | None, rows: Tensor, raters: Tensor, rope: Tensor | None, visual: Tensor, valid: Tensor,
+              scale: float, causal: bool, softcap: float) -> Tensor:
+        p = F.attention_rows(q, k, mask, rows, scale, causal, softcap)
+        if self.version == 1:
+            return (raters[:, None] @ p.mean(1))[:, 0]
+        if rope is not None:
+            p = p / gravity(rope.float(), rows)[:, None]
+        heads = (raters[:, None, None] @ p)[:, :, 0]  # [B, H, T]
+        looks = torch.where((visual & valid)[:, None], heads, 0).sum(2)
+        chosen = F.top_tokens(looks, max(1, round(self.heads * looks.shape[1])), None).float()
+        return (chosen[:, :, None] * heads).sum(1) / chosen.sum(1, keepdim=True)
 
     def limit(self, visual: Tensor, valid: Tensor) -> Tensor:
         return (visual & valid).sum(1) - (1 if self.mode == "parity" else 0)
 
     def merged(self, dropped: Any) -> Any:
-        return clusters(dropped) if self.recycle else 0
+        return clusters(dropped) if self.recycle and self.version == 1 else 0
 
     def merge(self, hidden: Tensor, score: Tensor, best: Tensor, present: Tensor, most: Any) -> tuple[Tensor, Tensor]:
-        return recycle(hidden, score, best, present, most) if self.recycle else (best, hidden)
+        return recycle(hidden, score, best, present, most) if self.recycle and self.version == 1 else (best, hidden)
+
+
+def gravity(rope: Tensor, rows: Tensor) -> Tensor:
+    """rope[B, T, 2 d], rows[B, R] -> [B, R, T]: the product, over sqrt d, of ones rotated to both places"""
+    cos, sin = rope.chunk(2, -1)
+    half = cos.shape[-1] // 2
+    ones = torch.cat([cos[..., :half] - sin[..., :half], cos[..., half:] + sin[..., half:]], -1)
+    return F.keep_tokens(ones, rows) @ ones.transpose(1, 2) * cos.shape[-1] ** -0.5

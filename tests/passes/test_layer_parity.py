@@ -31,12 +31,12 @@ def oracle(name):
     return found
 
 
-def draw(seed):
-    """seed -> q, k [H, L, D], hidden[L, W], (start, visual, text): a prompt of `start` words, one image and a question"""
+def draw(seed, heads=4):
+    """seed -> q, k [heads, L, D], hidden[L, W], (start, visual, text): a prompt of `start` words, one image and a question"""
     rng = np.random.default_rng(seed)
     start, visual, text = int(rng.integers(1, 6)), int(rng.integers(70, 110)), int(rng.integers(4, 12))
     L = start + visual + text
-    q, k = rng.standard_normal((2, 4, L, 8), dtype=np.float32)
+    q, k = rng.standard_normal((2, heads, L, 8), dtype=np.float32)
     return q, k, rng.standard_normal((L, 16), dtype=np.float32), (start, visual, text)
 
 
@@ -57,7 +57,7 @@ def prompt(hidden, counts):
     stream = torch.tensor(hidden)[None]
     weight, raters = _raters(stream, visual, valid, valid, torch.zeros(1, n))
     rows = F.compact_tokens(~visual, start + text)
-    return {"visual": visual, "valid": valid, "hidden": stream, "normed": stream, "rows": rows, "row_weight": weight, "raters": raters}
+    return {"visual": visual, "valid": valid, "rope": None, "hidden": stream, "normed": stream, "rows": rows, "row_weight": weight, "raters": raters}
 
 
 def attended(q, k):
@@ -121,6 +121,19 @@ def test_sparse_vlm(layer, keep):
         got = stream[0, [c + counts[0] for c in centres]].numpy()
         # the published mean divides by count + 1e-6, and float32 sums in another order
         np.testing.assert_allclose(got[got[:, 0].argsort()], merged[i], rtol=3e-6, atol=1e-6)
+
+
+def test_sparse_vlm_2():
+    """Rotary correction and head choice of the second version, 28 heads as there."""
+    want = oracle("drop-sparse-vlm-2")
+    angle = torch.outer(torch.arange(200.0), 1 / 10000 ** (torch.arange(0, 8, 2) / 8)).repeat(1, 2)
+    for i, seed in enumerate(want["seeds"]):
+        q, k, hidden, counts = draw(int(seed), heads=28)
+        tables = torch.cat([angle.cos(), angle.sin()], -1)[None, : sum(counts)]
+        read = prompt(hidden, counts) | attended(q, k) | {"rope": tables}
+        for layer, keep in ((2, 66), (6, 34), (15, 20)):
+            method = make("drop-sparse-vlm", {"layers": [layer + 1], "keeps": [keep], "version": 2, "mode": "parity"})
+            assert decide(method, read, keep)[0] == listed(want[f"kept{layer}"][i]), (seed, layer)
 
 
 def test_must_drop():

@@ -18,7 +18,9 @@ from vision_cases import METHODS
 from foveate.export.to_onnx import to_onnx
 from foveate.graph.capture import capture
 from foveate.graph.families import REGISTRY
+from foveate.graph.sites import site
 from foveate.graph.verify import verify
+from foveate.passes import taps
 from foveate.passes.base import PassError, make
 from foveate.passes.vision_layout import find_layout
 
@@ -207,3 +209,20 @@ def test_onnx_runtime_equals_eager(name, method):
     assert (got["kept.vision"] == want["kept.vision"].numpy()).all()
     for feature in program.facts.features:
         helpers.close(torch.from_numpy(got[feature]), want[feature], 1e-4)  # other kernels, float32
+
+
+def test_the_rotary_tables_are_found_where_they_have_one_axis():
+    """SparseVLM+ divides by what positions alone would attend: the tap is cos and sin of the model's own tables."""
+    program = family("llava_next")[1].clone()
+    table = taps.collect(program, site(program, 0), ["rope"])["rope"]
+    assert [str(d) for d in table.meta["val"].shape[1:]] == [str(program["prefill"].placeholder("input_ids").meta["val"].shape[1]), "32"]
+    stage = program["prefill"]
+    stage.add_output("rope", table)
+    stage.module.recompile()
+    given = program.example["prefill"]
+    given = given | {"position_ids": torch.arange(given["position_ids"].shape[1]).expand(given["position_ids"].shape)}
+    cos, sin = stage.run(given)["rope"][0].chunk(2, -1)
+    torch.testing.assert_close(cos[:, 0], torch.arange(len(cos)).float().cos(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sin[:, 0], torch.arange(len(sin)).float().sin(), rtol=0, atol=1e-5)
+    with pytest.raises(PassError, match="drop-sparse-vlm: version 2 corrects for rotary positions of one axis, and those of qwen3_vl have three"):
+        make("drop-sparse-vlm", {"version": 2}).run(family("qwen3_vl")[1].clone())
