@@ -76,7 +76,7 @@ class MixedKV(StoreKV):
         return Partition(LO, self.lo, centred=self.lo not in ("float", "int8", "fp8"))
 
     def widen(self, part: Partition) -> float:
-        return 1.1 if not part.name and part.code == "int8" else 1.0
+        return 1.25 if not part.name and part.code == "int8" else 1.0
 
     def prefill(self, program: Program, entry: KVLayer, parts: tuple[Partition, ...]) -> None:
         if len(parts) == 1:

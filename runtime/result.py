@@ -68,6 +68,8 @@ class Generation:
     layouts: tuple[Layout, ...]
     kv_rows: np.ndarray | None = None  # [L, B] cached rows per layer after prefill
     kv_bytes: int | None = None
+    kv_clip_rate: float | None = None  # of the generated tokens' keys and values, the share beyond the range that the prompt fixed
+    finish: tuple[str, ...] = ()  # per sample: "stop" (an end token), "length" (max_new_tokens) or "cache" (the cache may hold no more)
 
     @property
     def text(self) -> str:
@@ -94,4 +96,6 @@ class Generation:
             "visual_tokens": [p.visual for p in self.layouts],
             "kv_rows": None if self.kv_rows is None else self.kv_rows.tolist(),
             "kv_bytes": self.kv_bytes,
+            "kv_clip_rate": self.kv_clip_rate,
+            "finish": list(self.finish),
         }

@@ -7,20 +7,24 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..export.artifact import Artifact
 from ..export.backends.base import find
+from ..export.errors import CacheFullError
 from . import prompts
 from .batch import Batch, assemble, image_groups, lay_out
 from .errors import NumberError, RunError
 from .prompts import Sample
 from .result import Generation, Picture, Timings
 from .sampling import PENALTIES, WARPERS, chooser
+
+if TYPE_CHECKING:
+    from .conversation import Conversation
 
 DEFAULT_NEW_TOKENS = 128
 OPTIONS = ("do_sample", *WARPERS, *PENALTIES)
@@ -56,6 +60,8 @@ class Session:
         streamer: Any = None,
         seed: int | None = None,
         extra: Mapping[str, Any] | None = None,
+        max_cache_tokens: int | None = None,
+        num_return_sequences: int = 1,
         **options: Any,
     ) -> Generation:
         """Answer one prompt or a batch of them.
@@ -66,19 +72,30 @@ class Session:
         values are the defaults. streamer: transformers' streamer, or a function called with each new piece of text (one prompt only).
         extra: inputs that a method asked for and no processor makes (a text vector, a saliency map), by the names of
         facts.vision_extra: one row [images, width] per picture, or one row for all of them.
-        Raises a RunError; a NumberError when the model's logits are no numbers.
+        max_cache_tokens: rows that the cache of a layer may hold, prompt and answer (after any reduction); a generation that reaches it, or the
+        engine's own limit, ends with its text so far and finish "cache". num_return_sequences: answers per prompt, next to each other in
+        the result; the prompt is computed once. Raises a RunError; a NumberError when the model's logits are no numbers.
         """
         config, steps = self._config(options), self._budget(max_new_tokens)
+        if not isinstance(num_return_sequences, int) or isinstance(num_return_sequences, bool) or num_return_sequences < 1:
+            raise RunError(f"generate: num_return_sequences is {num_return_sequences!r}; it must be a whole number of at least 1")
         timings = Timings()
         with _clock(timings, "preprocess_ms"):
             samples = self.prepare(images, prompt, messages)
-        stream = Stream(streamer, self.tokenizer, len(samples)) if streamer is not None else None
+        stream = Stream(streamer, self.tokenizer, len(samples) * num_return_sequences) if streamer is not None else None
         seen = self.encode(samples, timings, extra)
+        limit = self._limit(max_cache_tokens)
         with _clock(timings, "prefill_ms"):
             outputs, cache = self.engine.prefill(seen.batch.feeds, seen.batch.length + steps)
         checked(outputs["logits"], "prefill")
-        choose = chooser(config, self.eos, [len(p.tokens) for p in seen.batch.layouts], seed)
-        tokens = self._decode(seen.batch, outputs["logits"], cache, steps, choose, timings, stream)
+        held = getattr(cache, "held", 0)
+        if limit is not None and held > limit:
+            raise RunError(f"generate: the prompt takes {held} cache rows, and {limit} are allowed; shorten it, raise max_cache_tokens, or drop more")
+        batch, logits = seen.batch, outputs["logits"]
+        if num_return_sequences != 1:
+            batch, logits, cache = _repeated(batch, logits, cache, num_return_sequences)
+        choose = chooser(config, self.eos, [len(p.tokens) for p in batch.layouts], seed)
+        tokens, finish = self._decode(batch, logits, cache, Stop(steps, limit), choose, timings, stream)
         kept = {k: v for k, v in outputs.items() if k.startswith("kept.")}
         return Generation(
             texts=tuple(self.text_of(t) for t in tokens),
@@ -89,7 +106,15 @@ class Session:
             layouts=seen.batch.layouts,
             kv_rows=outputs.get("kv_lengths"),
             kv_bytes=getattr(cache, "nbytes", None),
+            kv_clip_rate=cache.clip_rate() if hasattr(cache, "clip_rate") else None,
+            finish=finish,
         )
+
+    def conversation(self, images: Any = None) -> Conversation:
+        """Questions about the same pictures one after another, over one cache: the pictures and what was said are never computed again."""
+        from .conversation import Conversation
+
+        return Conversation(self, images)
 
     # -- parts, also used by bench
 
@@ -143,17 +168,28 @@ class Session:
         return {k: np.concatenate([o[k] for o in outputs]) for k in outputs[0]}
 
     def _decode(
-        self, batch: Batch, logits: np.ndarray, cache: Any, steps: int, choose: Any, timings: Timings, stream: Stream | None
-    ) -> list[np.ndarray]:
-        """logits[B, V] of the prefill -> per sample the generated tokens; a finished sample is fed padding until all are done."""
+        self, batch: Batch, logits: np.ndarray, cache: Any, stop: Stop, choose: Any, timings: Timings, stream: Stream | None, past: int = 0
+    ) -> tuple[list[np.ndarray], tuple[str, ...]]:
+        """logits[B, V] of the prefill -> per sample the generated tokens and why they end; a finished sample is fed padding until all are done.
+
+        past: tokens that were fed behind the prompt already.
+        """
         history = [p.tokens for p in batch.layouts]
         done = np.zeros(batch.size, bool)
         made: list[list[int]] = [[] for _ in range(batch.size)]
-        tokens = np.empty(batch.size, np.int64)
-        for step in range(steps):
+        tokens, why = np.empty(batch.size, np.int64), "length"
+        for step in range(stop.steps):
             with _clock(timings, "first_token_ms" if step == 0 else "decode_ms"):
                 if step:
-                    logits = checked(self.engine.decode(cache, tokens[:, None], batch.step_positions(step - 1)), f"decode step {step}")
+                    if stop.full(cache):
+                        why = "cache"
+                        break
+                    try:
+                        logits = self.engine.decode(cache, tokens[:, None], batch.step_positions(past + step - 1))
+                    except CacheFullError:
+                        why = "cache"
+                        break
+                    checked(logits, f"decode step {step}")
                 tokens = np.where(done, self.pad, choose(logits, history))
             for b in np.flatnonzero(~done):
                 made[b].append(int(tokens[b]))
@@ -165,7 +201,14 @@ class Session:
                 break
         if stream:
             stream.end()
-        return [np.array(m, np.int64) for m in made]
+        return [np.array(m, np.int64) for m in made], tuple("stop" if d else why for d in done)
+
+    def _limit(self, asked: int | None) -> int | None:
+        """The cache rows that a generation may use: what the caller, the artifact's options and the engine allow, the least of them."""
+        if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or asked < 1):
+            raise RunError(f"generate: max_cache_tokens is {asked!r}; it must be a whole number of at least 1, or None")
+        known = [asked, (self.manifest.get("options") or {}).get("max_cache_tokens") or None, getattr(self.engine, "limit", None)]
+        return min((n for n in known if n is not None), default=None)
 
     # -- small things
 
@@ -258,6 +301,17 @@ def _processor(folder: Path) -> Any:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """When a generation ends without an end token."""
+
+    steps: int
+    rows: int | None = None  # of the cache
+
+    def full(self, cache: Any) -> bool:
+        return self.rows is not None and cache.held >= self.rows
+
+
+@dataclass(frozen=True)
 class Seen:
     """What the vision stage made of the samples."""
 
@@ -324,6 +378,14 @@ def _row_per_picture(extra: Mapping[str, Any], spec: Mapping[str, Any], pictures
     if value.ndim != len(width) + 1 or list(value.shape[1:]) != list(width) or len(value) not in (1, pictures):
         raise RunError(f"generate: extra[{name!r}] is {list(np.shape(extra[name]))}; {pictures} picture(s) need {[pictures, *width]} or one row {width}")
     return np.broadcast_to(value, (pictures, *value.shape[1:])).astype(np.dtype(spec["dtype"]))
+
+
+def _repeated(batch: Batch, logits: np.ndarray, cache: Any, count: int) -> tuple[Batch, np.ndarray, Any]:
+    """Every sample `count` times, behind one prefill."""
+    index = np.repeat(np.arange(batch.size), count)
+    layouts = tuple(batch.layouts[i] for i in index)
+    feeds = {n: a[:, index] if n == "position_ids" and a.ndim == 3 else a[index] for n, a in batch.feeds.items()}
+    return replace(batch, feeds=feeds, layouts=layouts), logits[index], cache.take(index)
 
 
 def checked(logits: np.ndarray, stage: str) -> np.ndarray:

@@ -76,9 +76,28 @@ class Cache(ABC):
     def nbytes(self) -> int:
         """Bytes held by the buffers."""
 
+    @property
+    def held(self) -> int:
+        """Rows of the fullest layer and sample, over all its partitions."""
+        parts = getattr(self, "parts", None) or {"lengths": self.lengths}
+        return int(sum(parts.values(), np.zeros_like(self.lengths)).max(initial=0))
+
+    def clip_rate(self) -> float | None:
+        """Of the numbers appended since the prefill, the share that the prompt's range could not hold; None where no range is fixed."""
+        return None
+
+    def take(self, samples: np.ndarray) -> Cache:
+        """A cache of these samples, any of them several times: parallel answers to one prompt. Continuing one does not touch the other."""
+        raise LowerError(f"cache: a {type(self).__name__} cannot be copied; this target answers a prompt once per prefill")
+
 
 class Engine(ABC):
-    """The loaded stages of an artifact. Arrays by contract name in and out."""
+    """The loaded stages of an artifact. Arrays by contract name in and out.
+
+    limit: rows that a layer's cache can have at most, where that is fixed; `decode` beyond it is a CacheFullError.
+    """
+
+    limit: int | None = None
 
     @abstractmethod
     def vision(self, feeds: Arrays) -> Arrays: ...

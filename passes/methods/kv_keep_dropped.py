@@ -57,7 +57,7 @@ class KVKeepDropped(StoreKV):
         return Partition(name, code, centred=code not in ("float", "int8", "fp8"))
 
     def widen(self, part: Partition) -> float:
-        return 1.1 if not part.name and part.code == "int8" else 1.0
+        return 1.25 if not part.name and part.code == "int8" else 1.0
 
     def run(self, program: Program) -> bool:
         if not cuts(program):

@@ -85,7 +85,7 @@ class Column:
 
 
 @pytest.mark.parametrize(("recipe", "bits", "centred", "margin"), [
-    ("kv-int8", 8, False, 1.1), ("kv-int8{centred=true,margin=1.0}", 8, True, 1.0),
+    ("kv-int8", 8, False, 1.25), ("kv-int8{centred=true,margin=1.0}", 8, True, 1.0),
     ("kv-int4", 4, True, 1.0), ("kv-int4{centred=false,margin=1.25}", 4, False, 1.25)])
 def test_per_channel_equals_the_oracle(recipe, bits, centred, margin, tmp_path):
     program = run(toy(2), load(recipe))
