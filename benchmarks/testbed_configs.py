@@ -20,8 +20,9 @@ DEPTH, TOKENS = 8, 144
 BUDGETS = {0.25: 36, 0.5: 72, 0.11: 16, 0.06: 9}  # in the order in which they are measured
 SEEDS = (0, 1)
 NONE = "none"
-VISION, AVERAGE, CUT_2, CUT_4, OTHER = "before the LLM", "inside, by average", "inside, behind layer 2", "inside, behind layer 4", "presets and others"
-SECTIONS = (VISION, AVERAGE, CUT_2, CUT_4, OTHER)
+VISION, ORIGINAL = "before the LLM, positions renumbered", "before the LLM, original positions"
+AVERAGE, CUT_2, CUT_4, OTHER = "inside, by average", "inside, behind layer 2", "inside, behind layer 4", "presets and others"
+SECTIONS = (VISION, ORIGINAL, AVERAGE, CUT_2, CUT_4, OTHER)
 CUTS = {CUT_2: 2, CUT_4: 4}
 CONTROLS = ("prune-uniform", "prune-random", "drop-uniform", "drop-random")
 
@@ -130,20 +131,20 @@ def averaged(mean: float) -> dict[str, object]:
     return controls((layer,), (single(mean, layer),))
 
 
-def before(budget: float) -> dict[str, object]:
-    uniform = (recipe(step("prune-uniform", keep=budget)), recipe(step("prune-uniform", keep=budget, by="grid")))
-    return {"uniform": uniform, "random": tuple(recipe(step("prune-random", keep=budget, seed=s)) for s in SEEDS)}
+def before(budget: float, *more: str) -> dict[str, object]:
+    uniform = (recipe(step("prune-uniform", keep=budget), *more), recipe(step("prune-uniform", keep=budget, by="grid"), *more))
+    return {"uniform": uniform, "random": tuple(recipe(step("prune-random", keep=budget, seed=s), *more) for s in SEEDS)}
 
 
 # -- settings per method
 
 
-def vision(name: str, budget: float) -> Iterator[Config]:
+def vision(name: str, budget: float, section: str) -> Iterator[Config]:
     """One configuration per budget, or several where a method has variants worth telling apart."""
-    K = BUDGETS[budget]
+    K, more = BUDGETS[budget], ("keep-positions",) if section == ORIGINAL else ()
 
     def made(text: str, label: str = "", extra: str = "", notes: tuple[str, ...] = ()) -> Config:
-        return Config(name, recipe(text), VISION, budget, **before(budget), label=label, extra=extra, notes=notes)  # type: ignore[arg-type]
+        return Config(name, recipe(text, *more), section, budget, **before(budget, *more), label=label, extra=extra, notes=notes)  # type: ignore[arg-type]
 
     if name == "prune-random":
         yield from (made(step(name, keep=budget, seed=s), f"seed {s}") for s in SEEDS)
@@ -241,7 +242,7 @@ def inside(name: str, budget: float, kind: type[Pass]) -> Iterator[Config]:
     else:
         for layer, kept in SINGLE.get(budget, ()):
             yield from cut(name, AVERAGE, budget, layer, kept)
-        if name in ("drop-uniform", "drop-random") and budget not in SINGLE:
+        if name in ("drop-uniform", "drop-random"):
             yield from cut(name, AVERAGE, budget, 0, BUDGETS[budget])  # needs no attention: the language model's first layer will do
         for section, layer in CUTS.items():
             yield from cut(name, section, budget, layer, BUDGETS[budget])
@@ -261,17 +262,13 @@ def others() -> Iterator[Config]:
         note = "the data decide how many stay; the rows of the rest are computed as filler and only leave the cache"
         yield Config("drop-must-drop", recipe(text), OTHER, None, label=f"thresholds of {name}", notes=(note,))
     yield Config("exit-vision", recipe(step("exit-vision", layer=6)), OTHER, None, **averaged(0.75), label="all leave at layer 6")  # type: ignore[arg-type]
-    text = step("bypass-vision", layers=[1, 2, 3], keep=[0.7, 0.49, 0.343])
+    text = step("bypass-vision", layers=[1, 3], keep=[0.7, 0.343])
     note = "no token is lost: the work of the tower falls, that of the language model does not"
-    yield Config("bypass-vision", recipe(text), OTHER, None, label="70, 49, 34% in tower layers 1 to 3", notes=(note,))
+    yield Config("bypass-vision", recipe(text), OTHER, None, label="70% in tower layer 1, 34% in 3", notes=(note,))
     both = recipe(step("prune-vision-cls", keep=0.5), step("drop-fastv", layer=2, keep=0.333))
     yield Config("prune-vision-cls + drop-fastv", both, OTHER, 0.25, **before(0.25), label="72, then 24 from layer 2")  # type: ignore[arg-type]
     both = recipe(step("prune-vision-cls", keep=0.75), step("drop-fastv", layer=4, keep=0.333))
     yield Config("prune-vision-cls + drop-fastv", both, OTHER, 0.5, **before(0.5), label="108, then 36 from layer 4")  # type: ignore[arg-type]
-    for budget in (0.25, 0.5):
-        text = step("drop-uniform", layer=0, keep=budget)
-        note = "the tokens of prune-uniform at their original positions instead of renumbered ones"
-        yield Config("drop-uniform", recipe(text), OTHER, budget, **before(budget), label="at layer 0", notes=(note,))  # type: ignore[arg-type]
 
 
 def reductions() -> dict[str, type[Pass]]:
@@ -290,7 +287,7 @@ def plan() -> list[Config]:
     for budget in BUDGETS:
         for name in names:
             if issubclass(found[name], VisionReduce) or name in IN_TOWER:
-                out += vision(name, budget)
+                out += [c for section in (VISION, ORIGINAL) for c in vision(name, budget, section)]
             elif issubclass(found[name], Reduce):
                 out += inside(name, budget, found[name])
         out += [c for c in others() if (c.budget or 0.5) == budget]

@@ -96,8 +96,8 @@ def lay_out(
     """Give every image as many tokens as the vision stage returned rows for it (`rows`), and number the positions.
 
     A pass before the LLM returns fewer rows than the processor wrote placeholders: the surplus placeholders go. linear: positions are
-    numbered anew, as the published methods do. mrope: a kept token stays where it was on the picture (`kept`: per image the indices of
-    its rows), the text where it was.
+    numbered anew, as the published methods do, or (`original` in the rule, pass keep-positions) as for mrope: a kept token stays where it
+    was on the picture (`kept`: per image the indices of its rows, -1 = the last), the text where it was.
     """
     ids = position_ids(len(tokens), groups, grids, rule)
     if all(len(g) == r for g, r in zip(groups, rows, strict=True)):
@@ -114,10 +114,10 @@ def lay_out(
         source[group[:count]] = group[chosen]
     place = np.cumsum(keep) - 1
     shorter = tuple(place[g[:r]] for g, r in zip(groups, rows, strict=True))
-    if axes(rule) == 1:
+    if axes(rule) == 1 and not rule.get("original"):
         short = position_ids(int(keep.sum()), shorter, None, rule)
         return Layout(tokens[keep], short, shorter, _next(short))
-    return Layout(tokens[keep], ids[:, source[keep]], shorter, _next(ids))
+    return Layout(tokens[keep], ids[..., source[keep]], shorter, _next(ids))
 
 
 def _next(ids: np.ndarray) -> int:
