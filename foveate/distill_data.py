@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,17 @@ class Row:
     @property
     def texts(self) -> int:
         return sum(len(s.question) + len(s.answer) - 1 for s in self.segments)
+
+    def split(self) -> list[Row]:
+        """The same questions, one row each: for students that look at the question while they choose among the visual tokens."""
+        found, r, q = [], 0, 0
+        for s in self.segments:
+            a, t = len(s.answer), len(s.question) + len(s.answer) - 1
+            index = None if self.index is None else self.index[r : r + a]
+            found.append(replace(self, segments=(s,), logits=self.logits[r : r + a], index=index,  # type: ignore[index]
+                                 hidden={l: h[q : q + t] for l, h in self.hidden.items()}))
+            r, q = r + a, q + t
+        return found
 
     @cached_property
     def wanted(self) -> np.ndarray:
@@ -383,9 +394,10 @@ class Cache:
 
 
 def digest(program: Program) -> str:
-    """Of the facts and of every parameter's name, shape and first and last numbers: two models, or two trainings of one, differ in it."""
-    sha = hashlib.sha256(json.dumps(asdict(program.facts), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(program.parameters(), key=lambda p: p[0]):
+    """Of the model's kind and of every parameter's name, shape and first and last numbers: two models, or two trainings of one, differ in it."""
+    facts = program.facts
+    sha = hashlib.sha256(f"{facts.model_type} {facts.layers} {facts.hidden_size} {facts.vocab_size} {facts.dtype}".encode())
+    for name, tensor in sorted(((n, t) for n, t in program.parameters() if isinstance(t, torch.nn.Parameter)), key=lambda p: p[0]):
         flat = tensor.detach().reshape(-1)
         ends = torch.cat([flat[:8], flat[-8:]]).double().tolist() if tensor.device.type != "meta" else []
         sha.update(f"{name}{tuple(tensor.shape)}{ends}".encode())

@@ -53,7 +53,7 @@ class Settings:
     evaluate_every: int = 200
     patience: int = 0  # stop after so many evaluations without a better agreement; 0: never
     save_every: int = 100
-    packed: bool = True
+    packed: bool = True  # many questions behind one image; false: every question alone, as methods need that look at it when they choose tokens
     room: int = 160
     max_new_tokens: int = 64
     precision: str = "float32"  # or bfloat16 (autocast)
@@ -153,6 +153,8 @@ class Trainer:
         if cache.count < 2:
             raise DistillError(f"distill: {cache.count} source is too few; one is held out to judge by, and at least one more is needed")
         self.held = [row for i in range(held) for row in cache.rows(i)]
+        if not settings.packed:
+            self.held = [part for row in self.held for part in row.split()]
         self.train = [(i, r) for i in range(held, cache.count) for r in range(len(cache.rows(i)))]
         groups: dict[float, list[nn.Parameter]] = {}
         for name, tensor in self.tensors.items():
@@ -210,11 +212,12 @@ class Trainer:
         answers, texts = sum(r.answers for r in rows), sum(r.texts for r in rows)
         mine = rows[self.rank :: self.processes]
         size = len(mine) // s.accumulate
+        alone = (lambda part: part) if s.packed else (lambda part: [one for row in part for one in row.split()])
         student, stitched = self.students[self.plan(step)], step < s.stitch_steps
         total = torch.zeros(3, dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(s.accumulate):
-            some = mine[part * size : (part + 1) * size]
+            some = alone(mine[part * size : (part + 1) * size])
             to = _to(target(some, answers, texts), s.device)
             wait = self.module.no_sync() if self.accelerator and part + 1 < s.accumulate else nullcontext()
             with wait, torch.autocast(s.device.partition(":")[0], torch.bfloat16, enabled=s.precision == "bfloat16"):

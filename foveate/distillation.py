@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.fx import Node
 
 from .distill_data import Cache, Making, digest, sources
 from .distill_error import DistillError
@@ -30,6 +32,7 @@ from .passes.pipeline import run
 from .passes.recipe import Recipe, Step
 from .passes.recipe import load as load_recipe
 
+ATTENTION = torch.ops.foveate.attention.default
 Progress = Callable[[str, Any], None]  # "teacher" with a line, "train" with a dict
 
 
@@ -123,7 +126,13 @@ def making_of(program: Program, config: Settings) -> Making:
     last = max(layers(program["prefill"], program.facts.layer_path)) + 1
     hidden = config.hidden_layers if config.hidden_layers is not None else tuple(sorted({max(1, last // 2), max(1, 3 * last // 4), last}))
     stitch = (config.stitch_layer,) if config.stitch_steps else ()
-    return Making(tuple(sorted({*hidden, *stitch})), config.room, config.max_new_tokens, config.packed)
+    return Making(tuple(sorted({*hidden, *stitch})), config.room, config.max_new_tokens, packable(program))
+
+
+def packable(program: Program) -> bool:
+    """Plain causal attention everywhere, so that questions can share an image."""
+    nodes = [n for n in program["prefill"].graph.nodes if n.target is ATTENTION]
+    return all(n.args[7] and not n.args[8] and isinstance(n.args[3], Node) and n.args[3].meta["val"].dim() == 2 for n in nodes)
 
 
 def vision_changed(program: Program, view: Program) -> bool:
