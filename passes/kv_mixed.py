@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,12 +14,12 @@ from torch.fx import Node
 
 from ..graph.kv_format import KVFormat, Partition
 from ..graph.program import KVLayer, Program
-from ..graph.sites import role
 from ..graph.splice import splice
+from .kv_evict import call, taps_of
 from .kv_rows import gathered, output, rows_of, set_lengths
 from .kv_store import StoreKV
 from .reduce import share
-from .taps import ATTENTION, last_valid
+from .taps import last_valid
 
 F = torch.ops.foveate
 HI, LO = "hi", "lo"
@@ -95,9 +94,7 @@ class MixedKV(StoreKV):
     def split(self, program: Program, attention: Node) -> tuple[Node, Any, Any]:
         """important[B, T] bool over the rows that the layer attends with; bounds on the important and on the other rows."""
         stage = program["prefill"]
-        q, k, v, mask, _, _, scale, causal, _, softcap, _ = attention.args
-        taps = dict(zip(ATTENTION, (q, k, v, mask, scale, causal, softcap), strict=True))
-        taps |= {name: role(program, name, attention) for name in ("visual", "valid")}
+        taps = taps_of(program, attention)
         sizes = [stage.placeholder("input_ids"), stage.placeholder(program.facts.features[0])]
 
         def choose(ids: Tensor, features: Tensor, *values: Any) -> tuple[Tensor, Any, Any]:
@@ -111,20 +108,16 @@ class MixedKV(StoreKV):
         text = words if self.text else 0
         pool, size = visual & valid if self.text else valid, valid.shape[1] - text
         read["pool"] = pool
-        score = _call(self.importance, read).float()
+        score = call(self.importance, read).float()
         bound, budget = share(self.important, size), share(self.important, pool.sum(1))
         if self.limit:
-            budget = torch.minimum(budget, _call(self.limit, read))
+            budget = torch.minimum(budget, call(self.limit, read))
         at = torch.arange(valid.shape[1], device=valid.device)[None]
         first = torch.where(valid, at, valid.shape[1]).amin(1, keepdim=True)
         always = (at < first + self.sinks) | (at > last_valid(valid) - self.recent)
         score = torch.where(pool, torch.where(always, float("inf"), score), float("-inf"))
         best = F.top_tokens(score, bound, budget) & pool
         return valid & (~pool | best), bound + text, size if self.limit else size - bound
-
-
-def _call(method: Callable[..., Tensor], read: dict[str, Any]) -> Tensor:
-    return method(**{n: read[n] for n in inspect.signature(method).parameters})
 
 
 def _masks(important: Tensor, index: Tensor | None, valid: Tensor, recent: int) -> tuple[Tensor, ...]:

@@ -69,7 +69,7 @@ def names() -> list[str]:
 def _from_text(text: str) -> Recipe:
     if text in names():
         return _read(NAMED / f"{text}.yaml")
-    if text.endswith((".yaml", ".yml")) or "/" in text:
+    if text.endswith((".yaml", ".yml")) or ("/" in text and "{" not in text):
         if not Path(text).is_file():
             raise PassError(f"recipe: no file {text}")
         return _read(Path(text))
