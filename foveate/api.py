@@ -17,6 +17,7 @@ from .export.backends.base import Backend, find
 from .export.errors import LowerError
 from .graph.errors import FoveateError, GraphError
 from .graph.program import PassRecord, Program
+from .marks import Marks
 from .passes.base import PassError
 from .passes.insert import PREFIX, learned, load_weights, save_weights, settle
 from .passes.pipeline import run
@@ -211,7 +212,14 @@ def make_plan(
             progress("note", note)
         before = Figures.of(program, text_tokens)
     with _fails_as(USAGE):
-        run(program, chosen, lambda record, _: progress("pass", _line(record)))
+        marks = Marks(program)
+
+        def passed(record: PassRecord, program: Program) -> None:
+            progress("pass", _line(record))
+            marks(record, program)
+
+        run(program, chosen, passed)
+        marks.write(program)
         inserted = _learn(program, chosen, learned_from, progress)
         report = Report(chosen.name, before, Figures.of(program, text_tokens))
     with _fails_as(UNSUPPORTED):
