@@ -18,6 +18,7 @@ from ..graph.retype import reroute, retype
 from ..graph.sites import Crossing, Site, depends_on, role, same
 from ..graph.splice import splice
 from ..graph.stage import sweep
+from .renumber import count_anew, decode_by_length
 
 F = torch.ops.foveate
 
@@ -36,10 +37,11 @@ def plan(keep: Tensor, visual: Tensor, valid: Tensor, visual_index: Tensor, size
     return index, held, F.keep_tokens(visual, index) & held, F.keep_tokens(visual_index, index), kept
 
 
-def cut(program: Program, site: Site, keep: Node, size: Any, count: Any) -> Node:
+def cut(program: Program, site: Site, keep: Node, size: Any, count: Any, compact: bool = False) -> Node:
     """Keep the tokens where keep[B, T] holds, in prefill, from `site` on; returns the gather index[B, size].
 
     size: the sequence length behind the site; count: an upper bound on the visual tokens that stay. Both int or SymInt nodes.
+    compact: kept tokens are numbered anew, in decode too; else they keep the positions of the prompt.
     The KV table follows; `kept.layer<k>` becomes an output (the proof that something was dropped, and what).
     """
     stage = program["prefill"]
@@ -47,12 +49,16 @@ def cut(program: Program, site: Site, keep: Node, size: Any, count: Any) -> Node
     index, valid, visual, visual_index, kept = splice(stage, site.first, plan, keep, *roles, size, count)
     for node, name in ((valid, "valid"), (visual, "visual"), (visual_index, "visual_index")):
         node.meta["role"] = name
+    if compact:
+        count_anew(stage, site.first, index)
     shorten(stage, site, index, valid)
     stage.add_output(_free_name(stage, f"kept.layer{site.layer}"), kept)
     sweep(stage)
     retype(stage)
     stage.module.recompile()
     program.kv = derive_kv(program)
+    if compact:
+        decode_by_length(program, site.layer)
     return index
 
 

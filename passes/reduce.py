@@ -62,6 +62,11 @@ class Reduce(Pass):
     everything: ClassVar[dict[str, Any]] = {}  # parameters under which the data ask for every token, so that the budget alone decides
     of_prompt: ClassVar[bool] = False  # a share is of the visual tokens in the prompt, or (False) of those left at the site
 
+    @property
+    def compact(self) -> bool:
+        """Kept tokens are numbered anew behind every cut, as some published code does."""
+        return False
+
     @abstractmethod
     def schedule(self) -> tuple[tuple[int, Keep], ...]:
         """The cuts, by ascending layer."""
@@ -98,7 +103,9 @@ class Reduce(Pass):
         return bool(stages)
 
     def apply(self, program: Program, where: Site, choice: Choice) -> None:
-        cut(program, self.rewritten(program, where, choice), choice.keep, choice.length, choice.count)
+        if self.compact and program.facts.positions.get("kind") == "mrope":
+            raise self.fail(f"mode parity numbers positions anew, and those of {program.facts.model_type} have three axes")
+        cut(program, self.rewritten(program, where, choice), choice.keep, choice.length, choice.count, self.compact)
 
     def rewritten(self, program: Program, where: Site, choice: Choice) -> Site:
         """Let the layers behind the site read the merged stream; returns the site as it is then."""

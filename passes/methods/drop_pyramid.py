@@ -18,8 +18,9 @@ class DropPyramid(Staged):
         i = compact(text or top(mean_h p, keep));  every value crossing into layer k is gathered by i
 
     Xing et al., "PyramidDrop", CVPR 2025 (section 3.2). Defaults: half, a quarter, an eighth of the prompt's visual tokens from layers 8, 16, 24.
-    mode: fixed rounds shares up and keeps original positions; parity rounds down, as int(N ratio) of the published code does. Its renumbered
-    positions after every stage (with decode ids to match) are not reproduced. Only one row's query is projected; k costs one projection per stage.
+    Only one row's query is projected; k costs one projection per stage.
+    mode: fixed rounds shares up and keeps original positions; parity rounds down, as int(N ratio) of the published code does, and numbers the tokens
+    anew behind every stage, with decode positions to match.
     """
 
     name: ClassVar[str] = "drop-pyramid"
@@ -28,6 +29,10 @@ class DropPyramid(Staged):
     layers: tuple[Layer, ...] = (8, 16, 24)
     keeps: tuple[Keep, ...] = (0.5, 0.25, 0.125)
     mode: Literal["fixed", "parity"] = "fixed"
+
+    @property
+    def compact(self) -> bool:
+        return self.mode == "parity"
 
     def count(self, keep: Keep, visual: Any) -> Any:
         return super().count(keep, visual) if self.mode == "fixed" or isinstance(keep, int) else visual * round(keep * 1000) // 1000

@@ -24,11 +24,12 @@ class DropSparseVlm(Staged):
         h[centre of a cluster] = mean of the cluster;  every value crossing into the layer is gathered by compact(text or best or centres)
 
     Zhang et al., "SparseVLM", ICML 2025. Defaults: v1.5's list for 192 tokens, after layers 2, 6, 15 (recipes: 192, 128, 96, 64); the first version's
-    rank rule is those lists, chosen by the host. A merged token stands at its centre's place and position; the published code appends it behind the
-    kept ones and renumbers positions, which is not reproduced. recycle: false drops the rest.
+    rank rule is those lists, chosen by the host. A merged token stands at its centre's place; the published code appends it behind the kept ones.
+    recycle: false drops the rest.
     version 2 (SparseVLM+): p is divided by what rotary positions alone make of it, ones rotated for both places; only the `heads` share of heads that
     looks at the image most counts; nothing is recycled, positions stay (recipes: sparsevlm2-192 ...). The published code takes 14 of 28 heads.
-    mode: fixed breaks ties of the clustering by order (the published code adds noise); parity also drops at least one token per stage, as it does.
+    mode: fixed breaks ties of the clustering by order (the published code adds noise) and keeps original positions; parity also drops at least one
+    token per stage and, in version 1, numbers the tokens anew behind every stage, as published.
     """
 
     name: ClassVar[str] = "drop-sparse-vlm"
@@ -40,6 +41,10 @@ class DropSparseVlm(Staged):
     version: Literal[1, 2] = 1
     heads: Annotated[float, Field(gt=0, le=1)] = 0.5
     mode: Literal["fixed", "parity"] = "fixed"
+
+    @property
+    def compact(self) -> bool:
+        return self.mode == "parity" and self.version == 1
 
     def run(self, program: Program) -> bool:
         if self.version == 2 and program.facts.positions.get("kind") == "mrope":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import towers
-from vision_cases import CASES, KEEP, METHODS, VARIANTS
+from vision_cases import CASES, IN_TOWER, KEEP, METHODS, VARIANTS
 from vision_inputs import signals
 
 from foveate.graph.dump import dump
@@ -190,6 +190,24 @@ def test_no_method_needs_a_layer_s_whole_attention(method):
     for node in program["vision"].graph.nodes:
         if "softmax" in str(node.target):
             assert node.meta["val"].shape[-2] in (1,) or node.meta["val"].dim() == 2, node.format_node()
+
+
+@pytest.mark.parametrize("case", [*CASES, *IN_TOWER], ids=lambda c: "-".join([c[0], *(f"{k}={v}" for k, v in c[1].items())]))
+def test_no_value_of_the_transformed_graph_is_an_eager_attention(case):
+    """Beside the layers' own fused nodes nothing has two token axes under several heads; nor is there one attention node more or less."""
+    name, more = case
+    if case in IN_TOWER:
+        program = towers.tower(layers=4)
+        assert make(name, more).run(program)
+    else:
+        program = reduced(make(name, {"keep": KEEP, **more}))
+    nodes = list(program["vision"].graph.nodes)
+    layers = 4 if case in IN_TOWER else 3
+    assert sum(n.target is torch.ops.foveate.attention.default for n in nodes) == layers + (name == "prune-elip")  # its look-ahead runs one more
+    for node in nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[1] == towers.HEADS:
+            assert value.shape[2] != value.shape[3] or value.shape[3] < 5, node.format_node()
 
 
 def test_names_and_papers(name):
