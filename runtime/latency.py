@@ -1,22 +1,19 @@
 """Latency of a candidate against its baseline at several batch sizes: bench's alternating repetitions, percentiles, ratios with
 intervals, memory.
 
-Times are taken around calls that return numpy arrays, so a GPU has finished when the clock is read. `ttft` is preprocessing, encoder,
-projector, prefill
-(with the selection of tokens inside it) and the choice of the first token.
+`ttft` is preprocessing, encoder, projector, prefill (with the selection of tokens inside it) and the choice of the first token.
 """
 
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .bench import STAGES, Request, Samples, measure
+from .bench import Request, Samples, measure, peak_rss
 from .session import Session
 from .stats import ratio_interval
 
@@ -85,7 +82,7 @@ def compare(
     for batch in batches:
         bench = measure(sessions, Request.of(candidate, images, prompt, batch, new_tokens), repeat=repeat, warmup=warmup, progress=progress)
         a, b = bench.samples["artifact"], bench.samples.get("baseline")
-        stages += [_stage(name, batch, a, b, confidence, seed) for name in STAGES if a.ms[name]]
+        stages += [_stage(name, batch, a, b, confidence, seed) for name in bench.stages if a.ms[name]]
         rate = [None if s is None else 1e3 * batch * new_tokens / float(np.median(s.ms["total"])) for s in (a, b)]
         speed[batch], memory[batch] = (rate[0] or 0.0, rate[1]), (a.kv_bytes, b.kv_bytes if b else None)
     return Timed(tuple(stages), speed, memory, peak_rss(), gpu_clocks())
@@ -105,18 +102,7 @@ def _stage(name: str, batch: int, a: Samples, b: Samples | None, confidence: flo
 
 
 def _percentiles(ms: Sequence[float]) -> dict[str, float]:
-    return {f"p{q}": float(np.percentile(ms, q)) for q in (50, 90, 99)}
-
-
-def peak_rss() -> int:
-    """Bytes; the largest resident size this process has had"""
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {f"p{q}": float(np.percentile(ms, q)) for q in (10, 50, 90, 99)}
 
 
 def gpu_clocks() -> str | None:
