@@ -187,7 +187,35 @@ def unpack_kv(b: Builder, n: Node, packed: Node, bits: int, width: int) -> str:
     return b.cast(value, F32, torch.int8)
 
 
+def quantize_fp8(b: Builder, n: Node, x: Node, scale: Node, block: int) -> str:
+    """As the op's body; the exponent by a logarithm that is corrected where it rounds across a power of two."""
+    y = b.op("Div", b.cast(b(x), dtype(x), F32), _spread(b, scale, x, block, F32))
+    a = b.op("Min", b.op("Abs", y), b.const(448.0, F32))
+    at_least = b.op("Max", a, b.const(2.0**-6, F32))
+    guess = b.cast(b.op("Floor", b.op("Mul", b.op("Log", at_least), b.const(1.4426950408889634, F32))), F32, I64)
+    powers = b.const([2.0**e for e in range(-8, 12)], F32)  # 2^-8 .. 2^11
+
+    def power(e: str, plus: int) -> str:
+        return b.op("Gather", powers, b.op("Add", e, b.const(8 + plus, I64)), axis=0)
+
+    e = b.op("Add", guess, b.cast(b.op("GreaterOrEqual", at_least, power(guess, 1)), torch.bool, I64))
+    e = b.op("Sub", e, b.cast(b.op("Less", at_least, power(guess, 0)), torch.bool, I64))
+    eighths = b.op("Round", b.op("Div", b.op("Mul", a, b.const(8.0, F32)), power(e, 0)))
+    byte = b.op("Add", b.op("Mul", b.cast(b.op("Add", e, b.const(6, I64)), I64, F32), b.const(8.0, F32)), eighths)  # 16 eighths: the next exponent
+    return b.cast(b.op("Where", b.op("Less", y, b.const(0.0, F32)), b.op("Sub", byte, b.const(128.0, F32)), byte), F32, torch.int8)
+
+
+def dequantize_fp8(b: Builder, n: Node, codes: Node, scale: Node, block: int) -> str:
+    """Looked up among the 256 bytes."""
+    values = torch.arange(256, dtype=torch.int16).sub(128).to(torch.int8).view(torch.float8_e4m3fn).float().nan_to_num()
+    index = b.op("Add", b.cast(b(codes), torch.int8, I32), b.const(128, I32))
+    value = b.cast(b.op("Gather", b.const(values), index, axis=0), F32, dtype(scale))
+    return b.op("Mul", value, _spread(b, scale, codes, block, dtype(scale)))
+
+
 KV_OPS: dict[Any, Emitter] = {
+    foveate.quantize_fp8.default: quantize_fp8,
+    foveate.dequantize_fp8.default: dequantize_fp8,
     foveate.kv_held.default: kv_held,
     foveate.quantize_kv.default: quantize_kv,
     foveate.dequantize_kv.default: dequantize_kv,
@@ -348,12 +376,12 @@ class KVContrib(Contrib):
     notes: what became smaller but not faster, in sentences. padded: outputs of the prefill that have as many rows as the cache.
     """
 
-    def __init__(self, stage: Stage, decode: bool, kv: Sequence[KVLayer]) -> None:
+    def __init__(self, stage: Stage, name: str, kv: Sequence[KVLayer]) -> None:
         self.kv = {e.layer: e for e in kv}
         self.notes: list[str] = []
         self.padded: list[str] = []
-        super().__init__(stage, decode, [e.segment for e in kv])
-        if not decode:
+        super().__init__(stage, name == "decode", [e.segment for e in kv])
+        if name == "prefill":
             self._pad_outputs()
 
     # prefill: the outputs have the rows of the cache, so that they are written where they stay

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..artifact import Artifact
 
 WEIGHTS = "weights.bin"
+BEHIND = 1  # empty rows behind a partition that is only read: GroupQueryAttention always appends one
+FULL = 0.95  # a buffer that is less full is cut
 TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -78,7 +80,7 @@ def _lower_stage(program: Program, name: str, folder: Path, weights: Any, settin
     from ..to_onnx import dim_name, dim_names, save, to_onnx
 
     stage = expand(pack_codes(program[name], program.kv), {**EMITTERS, **PORTABLE, **KV_OPS}).clone()
-    contrib = KVContrib(stage, decode=name == "decode", kv=program.kv) if settings["fuse"] else None
+    contrib = KVContrib(stage, name, program.kv) if settings["fuse"] else None
     model = to_onnx(stage, name, weights, KV_OPS, at=contrib.emitters if contrib else None)
     file = f"components/{name}.onnx"
     save(model, folder / file)
@@ -119,12 +121,12 @@ class OrtEngine(Engine):
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
         self.manifest = artifact.manifest["components"]
-        self.layers = [int(entry["layer"]) for entry in artifact.manifest["kv"]]
+        self.formats = {int(e["layer"]): KVFormat.read(e.get("format")) or FLOAT for e in artifact.manifest["kv"]}
+        self.layers = list(self.formats)
         self.sessions = {
             stage: _session(artifact, stage, part["threads"] if threads is None else threads) for stage, part in self.manifest.items()
         }
         self.pasts = {i["name"]: i for i in self.manifest.get("decode", {"inputs": []})["inputs"] if i["name"].startswith("past_")}
-        self.appended = _appended(artifact.manifest["kv"], self.pasts)
 
     def vision(self, feeds: Arrays) -> Arrays:
         session = self._stage("vision")
@@ -134,45 +136,50 @@ class OrtEngine(Engine):
     def prefill(self, feeds: Arrays, capacity: int) -> tuple[Arrays, HostCache]:
         session, part = self._stage("prefill"), self.manifest["prefill"]
         check_prefix(feeds["attention_mask"])
-        cache = self._new_cache(feeds, capacity)
+        spare = max(capacity - feeds["input_ids"].shape[1], 1)
+        cache = self._new_cache(feeds, spare)
         rows = np.array([cache.buffers[f"past_{name}"].shape[2] for name in part["padded"]], np.int64)
         binding = _Binding(session)
         for name, array in _wanted(session, {**feeds, **cache.buffers, "capacity": rows}).items():
             binding.input(name, array)
-        whole = {*part["in_place"], *part["padded"]}
+        whole = {*part["in_place"], *part["padded"], *(n.removeprefix("past_") for n, spec in self.pasts.items() if _single(spec))}
         plain = []
         for output in session.get_outputs():
-            past = f"past_{output.name}"
-            if past in cache.buffers and (output.name in whole or output.name not in part["rows"] or _single(self.pasts[past])):
-                binding.output(output.name, cache.buffers[past])
+            if output.name in whole:
+                binding.output(output.name, cache.buffers[f"past_{output.name}"])
             else:
                 binding.io.bind_output(output.name, "cpu")
                 plain.append(output.name)
         outputs = binding.run(plain)
         self._keep(cache, outputs)
+        self._fit(cache, spare)
         for name in (n for n in cache.buffers if n.endswith((".scale", ".center"))):
             check_finite(name.removeprefix("past_"), cache.buffers[name])
         cache.slot = feeds["attention_mask"].sum(1, dtype=np.int64)[:, None]
         return {n: a for n, a in outputs.items() if n.partition(".")[0] not in ("k", "v", "conv", "kv_pos")}, cache
 
-    def _new_cache(self, feeds: Arrays, capacity: int) -> HostCache:
-        """Room for the rows that the prefill returns, and those to come; a partition that is only read has one spare row (GroupQueryAttention
-        always appends)."""
+    def _new_cache(self, feeds: Arrays, spare: int) -> HostCache:
+        """Room for the rows that the prefill returns, and `spare` more in the partition that grows."""
         B, S = feeds["input_ids"].shape
         symbols = {"B": B, "S": S, "N": feeds["image_features"].shape[1]}
-        spare, rows = max(capacity - S, 1), self.manifest["prefill"]["rows"]
-        cache = HostCache(self.layers, self.appended)
+        cache = HostCache(self.formats)
         for name, spec in self.pasts.items():
-            made = name.removeprefix("past_")
-            if name.startswith("past_pos."):
-                shape = [B, evaluate(rows[f"k.{made.partition('.')[2]}"], symbols) + spare]
-            else:
-                shape = [B, *spec["shape"][1:]]
-                if not _single(spec):
-                    more = spare if name in self.appended else made in self.manifest["prefill"]["padded"]
-                    shape[2] = evaluate(rows[made], symbols) + int(more)
-            cache.buffers[name] = np.zeros(shape, spec["dtype"])
+            cache.buffers[name] = np.zeros([B, *(1 if isinstance(s, str) else s for s in spec["shape"][1:])], spec["dtype"])
+        for layer, form in self.formats.items():
+            for part in form.partitions:
+                more = BEHIND if part.name else min(spare, form.residual + 1) if form.residual else spare
+                cache.resize(layer, part, evaluate(self.manifest["prefill"]["rows"][f"k.{layer}{part.suffix()}"], symbols) + more)
         return cache
+
+    def _fit(self, cache: HostCache, spare: int) -> None:
+        """A partition that is only read was given a bound; now its rows are known, and those that flushes will bring."""
+        for row, layer in enumerate(cache.layers):
+            form = self.formats[layer]
+            for part in form.partitions[1:]:
+                held = int(cache.parts[f"lengths{part.suffix()}"][row].max(initial=0))
+                rows = held + dict(form.flush).get(part.name, 0) * -(-spare // max(form.residual, 1)) + BEHIND
+                if not FULL * cache.rows(layer, part) <= rows <= cache.rows(layer, part):
+                    cache.resize(layer, part, rows)
 
     def _keep(self, cache: HostCache, outputs: Arrays) -> None:
         """Move what the prefill returned beside the cache into it."""
@@ -186,11 +193,30 @@ class OrtEngine(Engine):
                 cache.buffers[name] = np.ascontiguousarray(value)
             elif which == "kv_lengths":
                 cache.parts[name.removeprefix("kv_")] = value.astype(np.int64)
+        cache.start = cache.lengths
 
     def decode(self, cache: HostCache, input_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:  # type: ignore[override]
-        if cache.grow() or cache.bound is None:
+        if "flush" in self.sessions:
+            self._flush(cache)
+        cache.grow()
+        if cache.bound is None:
             cache.bound = _Step(self._stage("decode"), cache, self.manifest["decode"]["in_place"], input_ids, position_ids)
         return cache.bound.run(input_ids, position_ids)
+
+    def _flush(self, cache: HostCache) -> None:
+        """Where enough appended rows wait, move the oldest to their partitions; one run for all samples, each takes what is its own."""
+        due = cache.due()
+        if not due:
+            return
+        session, feeds = self.sessions["flush"], dict(cache.queries)
+        for spec in session.get_inputs():
+            if spec.name in cache.buffers:
+                waiting = spec.name.count(".") == 1
+                feeds[spec.name] = cache.buffers[spec.name][:, :, : self.formats[int(spec.name.split(".")[1])].residual if waiting else None]
+        names = [o.name for o in session.get_outputs()]
+        flushed = dict(zip(names, session.run(names, _wanted(session, feeds)), strict=True))
+        for layer, samples in due.items():
+            cache.settle(layer, samples, flushed, BEHIND)
 
     def _stage(self, name: str) -> Any:
         if name not in self.sessions:
@@ -202,21 +228,8 @@ class OrtEngine(Engine):
 
 
 def _single(spec: Mapping[str, Any]) -> bool:
-    """Is the past one row whatever was stored: a scale or centre per channel?"""
-    return isinstance(spec["shape"][2], int)
-
-
-def _appended(table: list[dict[str, Any]], pasts: Collection[str]) -> list[str]:
-    """The pasts that get a row per step: those of the first partition with something per row."""
-    found = []
-    for entry in table:
-        form = KVFormat.read(entry.get("format")) or FLOAT
-        part, layer = form.partitions[0], entry["layer"]
-        found.append(f"past_pos.{layer}")
-        for which in "kv":
-            states = ("scale", "center") if part.per(which).startswith(("token", "group")) else ()
-            found += [f"past_{which}.{layer}", *(f"past_{which}.{layer}.{s}" for s in states)]
-    return [name for name in found if name in pasts]
+    """Is the past one row whatever was stored: a scale, centre or balance per channel?"""
+    return spec["name"].count(".") > 1 and isinstance(spec["shape"][2], int)
 
 
 class _Step:
@@ -253,6 +266,7 @@ class _Step:
         for name, value in self.outputs.items():
             if name.startswith("conv."):
                 cache.buffers[name.removesuffix(".out")][...] = value
+        cache.queries = {name: value for name, value in self.outputs.items() if name.startswith("q.")}
         cache.advance()
         return self.outputs["logits"].copy()
 
