@@ -15,7 +15,6 @@ docs/methods_overhead.md.
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import json
 import tempfile
@@ -25,13 +24,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 
 from foveate.export.backends import find
-from foveate.export.onnx_builder import nodes_within
 from foveate.graph.capture import capture
+from foveate.graph.errors import FoveateError
 from foveate.graph.kv_table import derive_kv
 from foveate.passes import vision_select
 from foveate.passes.base import PassError, discover, make
@@ -41,10 +38,12 @@ from foveate.passes.select import Select
 from foveate.passes.vision_select import VisionReduce
 
 try:
+    from . import node_profile
     from .measure import RESULTS, alternate, machine, save
     from .ort_vs_hf import Ours, lower
     from .shapes import SHAPES, Shape
 except ImportError:  # run as a script
+    import node_profile
     from measure import RESULTS, alternate, machine, save
     from ort_vs_hf import Ours, lower
     from shapes import SHAPES, Shape
@@ -53,9 +52,9 @@ GOAL = 0.05
 KEEPS = (64, 144)  # of 576: 11 % and 25 %
 REDUCING = ("drop", "prune", "merge", "bypass", "exit")  # the first word of a method's name says what it does
 DEEPEST = 32  # layers of the models that defaults were published for
-MARK = "selection"
 SETTINGS: dict[str, dict[str, Any]] = {  # where a default does not fit a tower of 6 layers, or a prompt of one picture
-    "bypass-vision": {"layers": (1, 2, 3, 4, 5), "keep": (0.7, 0.7, 0.49, 0.49, 0.343)},
+    "bypass-mod": {"layers": (3, 5, 7, 9)},
+    "bypass-vision": {"layers": (1, 3), "keep": (0.7, 0.49)},
     "prune-elip": {"layers": (1, 2, 4), "ahead": (1, 2, 1)},
     "prune-evs": {"frames": 4},
 }
@@ -68,6 +67,8 @@ def variants(name: str, kind: Any, layers: int) -> list[dict[str, Any]]:
     if issubclass(kind, Reduce):
         for field in ("layer", "layers"):
             value = known.get(field)
+            if field in base:
+                continue
             if isinstance(value, int) and value >= layers:
                 base[field] = value * layers // DEEPEST
             elif isinstance(value, tuple) and max(value) >= layers:
@@ -79,15 +80,6 @@ def variants(name: str, kind: Any, layers: int) -> list[dict[str, Any]]:
     return [base]
 
 
-def mark(program: Any, before: Any) -> None:
-    """Name what is new after the module "selection": ONNX nodes carry it, and so do their profiles."""
-    for name, stage in program.stages.items():
-        old = {n.name for n in before[name].graph.nodes}
-        for node in stage.graph.nodes:
-            if node.op == "call_function" and node.name not in old:
-                node.meta["nn_module_stack"] = {MARK: (MARK, "")}
-
-
 class Vision:
     """The vision stage alone, as a session; the backend's own lowering."""
 
@@ -97,16 +89,13 @@ class Vision:
         find("ort").lower(stage, folder, {"threads": 1})
         self.file = folder / "components/vision.onnx"
         self.feeds = _pictures(program, images)
-        self.session = _session(self.file)
+        self.session = node_profile.session(self.file)
 
     def __call__(self) -> None:
         self.session.run(None, self.feeds)
 
-    def profile(self, rounds: int) -> dict[str, float]:
-        session = _session(self.file, profile=self.file.parent / "vision")
-        for _ in range(rounds + 1):
-            session.run(None, self.feeds)
-        return _minima(session, self.file)
+    def profile(self, rounds: int) -> dict[str, tuple[str, float]]:
+        return node_profile.minima(self.file, lambda session: session.run(None, self.feeds), rounds)
 
 
 class Prefill:
@@ -119,33 +108,8 @@ class Prefill:
     def __call__(self) -> None:
         self.run.prefill()
 
-    def profile(self, rounds: int) -> dict[str, float]:
-        plain = self.run.engine.sessions["prefill"]
-        session = self.run.engine.sessions["prefill"] = _session(self.file, profile=self.file.parent / "prefill")
-        for _ in range(rounds + 1):
-            self()
-        self.run.engine.sessions["prefill"] = plain
-        return _minima(session, self.file)
-
-
-def _session(file: Path, profile: Path | None = None) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
-def _minima(session: Any, file: Path) -> dict[str, float]:
-    """Milliseconds of every node's fastest round after the first. A loop is charged as one node: what is inside is in it."""
-    graph = onnx.load(str(file), load_external_data=False).graph
-    inside = {inner.name for node in graph.node for inner in nodes_within(node) if inner is not node}
-    times: dict[str, list[float]] = collections.defaultdict(list)
-    for event in json.loads(Path(session.end_profiling()).read_text()):
-        name = event["name"].removesuffix("_kernel_time")
-        if event.get("cat") == "Node" and name != event["name"] and name not in inside:
-            times[name].append(event["dur"] / 1e3)
-    return {name: min(found[1:]) for name, found in times.items() if len(found) > 1}
+    def profile(self, rounds: int) -> dict[str, tuple[str, float]]:
+        return node_profile.prefill(self.run, self.file, rounds)
 
 
 def _pictures(program: Any, images: int) -> dict[str, np.ndarray]:
@@ -187,11 +151,11 @@ def measure(name: str, parameters: dict[str, Any], whole: Any, base: dict[str, A
         raise PassError(f"{name}: changed nothing with {parameters}")
     program.kv = derive_kv(program)
     CleanUp().run(program)
-    mark(program, whole)
+    node_profile.mark(program, whole)
     images = getattr(method, "shared", 1)
     where = "prefill" if issubclass(kind, Reduce) else "vision"
     run: Any = Vision(program, folder / "m", images) if where == "vision" else Prefill(program, folder / "m", base["prompt"])
-    found = {n: ms for n, ms in run.profile(rounds).items() if n.startswith(f"{MARK}/")}
+    found = node_profile.added(run.profile(rounds))
     total = images * (base["vision_ms"] + base["prefill_ms"])
     slowest = sorted(found.items(), key=lambda item: -item[1])[:4]
     result = {
@@ -202,7 +166,7 @@ def measure(name: str, parameters: dict[str, Any], whole: Any, base: dict[str, A
         "nodes": len(found),
         "nodes_ms": round(sum(found.values()), 3),
         "overhead_nodes": round(sum(found.values()) / total, 5),
-        "slowest": {n.removeprefix(f"{MARK}/"): round(ms, 3) for n, ms in slowest},
+        "slowest": {n: round(ms, 3) for n, ms in slowest},
         "greedy_loops": sum("Loop_" in n for n in found),
     }
     twin = unused(whole, name, parameters) if pairs else None
@@ -219,7 +183,6 @@ def measure(name: str, parameters: dict[str, Any], whole: Any, base: dict[str, A
 def compare(shape: Shape, names: list[str], rounds: int, pairs: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     whole, prompt = capture(shape.model()), shape.prompt()
-    CleanUp().run(whole)
     record: dict[str, Any] = {"shape": dataclasses.asdict(shape), "goal": GOAL, "methods": [], "refused": {}}
     with tempfile.TemporaryDirectory() as top:
         base: dict[str, Any] = {"prompt": prompt, "vision": Vision(whole, Path(top) / "v", 1), "prefill": Prefill(whole, Path(top) / "p", prompt)}
@@ -232,7 +195,7 @@ def compare(shape: Shape, names: list[str], rounds: int, pairs: int) -> dict[str
                 with tempfile.TemporaryDirectory() as folder:
                     try:
                         found = measure(name, parameters, whole, base, Path(folder), rounds, pairs)
-                    except PassError as refusal:
+                    except FoveateError as refusal:
                         record["refused"][name] = str(refusal)
                         print(f"{name}: refused: {refusal}", flush=True)
                         continue
@@ -240,8 +203,13 @@ def compare(shape: Shape, names: list[str], rounds: int, pairs: int) -> dict[str
                 pair = f", pairs {100 * found['overhead_pairs']:.2f} %" if "overhead_pairs" in found else ""
                 print(f"{name} {parameters}: {found['nodes']} nodes {found['nodes_ms']:.2f} ms = {100 * found['overhead_nodes']:.2f} %{pair}  "
                       f"{found['slowest']}", flush=True)
-    record["met"] = all(m["overhead_nodes"] <= GOAL for m in record["methods"] if m["stage"] == "vision")
+    record["met"] = all(charged(m) <= GOAL for m in record["methods"] if m["stage"] == "vision")
     return record
+
+
+def charged(row: dict[str, Any]) -> float:
+    """What counts for the goal: by nodes, but by pairs for a greedy loop, in which the profile charges every node of every round."""
+    return row["overhead_pairs"] if row["greedy_loops"] and "overhead_pairs" in row else row["overhead_nodes"]
 
 
 def table(record: dict[str, Any]) -> str:
@@ -260,7 +228,7 @@ def table(record: dict[str, Any]) -> str:
         "- nodes: sum over the added nodes of their fastest of the rounds, by ONNX Runtime's profile (an upper bound: a profile charges a node "
         "1 to 2 us). pairs: whole runs with and without the selection in turns, nothing saved by it; negative is noise; - where a method works "
         "inside the tower or cuts several times.",
-        "- loop: greedy choices, one round of an ONNX Loop per token kept.",
+        "- loop: greedy choices, one round of an ONNX Loop per token kept. A profile charges every node of every round, so pairs count there.",
         f"- Goal: no vision-side method above {100 * record['goal']:.0f} %: **{'met' if record['met'] else 'short'}**.",
         "",
         "| method | parameters | stage | nodes | ms | share | by pairs | slowest node |",

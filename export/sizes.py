@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -33,7 +34,13 @@ def evaluate(expression: int | str, symbols: Mapping[str, int]) -> int:
     """The value of a size expression; LowerError for an unknown symbol or anything that is not arithmetic."""
     if isinstance(expression, int):
         return expression
-    return int(_value(ast.parse(expression, mode="eval").body, expression, symbols))
+    return int(_value(_parsed(expression), expression, symbols))
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(expression: str) -> ast.expr:
+    """A prefill asks for the same few sizes every time."""
+    return ast.parse(expression, mode="eval").body
 
 
 def _value(node: ast.AST, text: str, symbols: Mapping[str, int]) -> Any:
