@@ -1,7 +1,8 @@
 """What is inside a TensorRT engine, read without a GPU: the plan carries its compiled graph as plain text, kernels with names, grids and
 vector widths.
 
-    kernels(plan)                     every kernel launch of the plan, in order
+    kernels(plan)                     every kernel launch of the plan, in order, with what it reads and writes
+    EngineReport.unfused              what stands between the cache and attention: kernels that write keys or values back to memory
     EngineReport                      one engine: size, seconds, memory, profiles, tensors, kernels, what became of attention
     render(reports)                   the table for people; `EngineReport.to_json()` for machines
 
@@ -20,6 +21,11 @@ from typing import Any
 _LAUNCH = re.compile(
     rb"function=\{ name=(\S+) fqn=(\S+) args=\{([^}]*)\}(.*?)grid = \{([^}]*)\} block = \{([^}]*)\}.*?vec_width=(\d+)", re.S
 )
+_COPY = re.compile(rb'copy=\{ name="(copy_d2d)[^"]*"([^\n]*)')  # copies to and from the host carry sizes
+_ALIAS = re.compile(rb'sub_tensor=\{ base="([^"]+)".*? name="([^"]+)"')
+_ARGUMENTS = re.compile(rb"(input|output)(?:_args)?=\{([^}]*)\}")
+_NAME = re.compile(rb'"([^"]+)"')
+_CODES = re.compile(r"past_[kv]\.\d+(\.(?!scale$|center$|balance$)[a-z]\w*)?")
 GEMV, GEMM = "_gemv_mha", "_gemm_mha"  # fused attention for one query and for many
 
 
@@ -31,6 +37,8 @@ class Kernel:
     grid: str
     block: str
     vector: int
+    reads: tuple[str, ...] = ()  # tensors of the plan: inputs by their name and a number, "past_k.0.1"
+    writes: tuple[str, ...] = ()
 
     @property
     def attention(self) -> bool:
@@ -69,6 +77,33 @@ class EngineReport:
         return sum("Conc" in k.name and not k.attention and k.threads >= rows for k in self.kernels) if rows else 0
 
     @property
+    def codes(self) -> list[str]:
+        """Inputs of a decode step that are rows of a quantized cache: past_k.0, past_v.3.lo."""
+        return [t["name"] for t in self.inputs if t["dtype"] == "int8" and _CODES.fullmatch(t["name"])]
+
+    @property
+    def unfused(self) -> list[str]:
+        """Why this plan does not read its quantized cache inside attention; empty when it does, or has none.
+
+        Every partition's codes must be read by attention kernels alone: another reader writes them back in a wider type, which costs more
+        than the float cache did, and codes that nobody is seen to read prove nothing.
+        """
+        if not self.codes:
+            return []
+        if not self.kernels:
+            return [f"this plan does not show its kernels, so nothing is known of {len(self.codes)} quantized caches"]
+        found = []
+        for name in self.codes:
+            readers = [k for k in self.kernels if any(_is_of(name, tensor) for tensor in k.reads)]
+            others = [k for k in readers if not k.attention]
+            if others:
+                said = ", ".join(f"{k.name} (grid {k.grid}, writes {' '.join(k.writes)})" for k in others)
+                found.append(f"{name} is read by {said} before attention: it is dequantized to memory")
+            elif not readers:
+                found.append(f"{name} is read by no kernel that this plan shows")
+        return found
+
+    @property
     def fused(self) -> int:
         """How many attention layers became one kernel each."""
         return sum(k.attention for k in self.kernels)
@@ -85,7 +120,9 @@ class EngineReport:
             found = ", ".join(f"{n} x {name}" for name, n in names.items()) or "none"
             return f"{self.attention_layers - self.fused} of {self.attention_layers} layers are not one fused kernel (fused: {found})"
         copies = f"; {self.cache_copies} kernels copy the cache" if self.cache_copies else ""
-        return ", ".join(f"{n} x {name}" for name, n in names.items()) + copies
+        codes = f"; {len(self.unfused)} of {len(self.codes)} quantized caches are dequantized to memory" if self.unfused else ""
+        codes = codes or (f"; reads {len(self.codes)} quantized caches as they lie" if self.codes else "")
+        return ", ".join(f"{n} x {name}" for name, n in names.items()) + copies + codes
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: fields, the attention sentence and kernel counts by name."""
@@ -95,15 +132,42 @@ class EngineReport:
             "kernel_count": len(self.kernels),
             "fused_attention": self.fused,
             "cache_copies": self.cache_copies,
+            "quantized_caches": len(self.codes),
+            "unfused": self.unfused,
             "attention": self.attention,
         }
 
 
 def kernels(plan: bytes | memoryview) -> list[Kernel]:
     """Kernel launches found in a serialized engine, in program order; empty for a plan that carries no readable graph (classic
-    TensorRT)."""
-    found = _LAUNCH.finditer(plan)
-    return [Kernel(m[1].decode(), _squeeze(m[5]), _squeeze(m[6]), int(m[7])) for m in found]
+    TensorRT). Views of a tensor count as the tensor; plain copies are launches too."""
+    aliases = {m[2]: m[1] for m in _ALIAS.finditer(plan)}
+    found = []
+    for m in sorted([*_LAUNCH.finditer(plan), *_COPY.finditer(plan)], key=lambda m: m.start()):
+        launch = m.re is _LAUNCH
+        sides = {side: _tensors(names, aliases) for side, names in _ARGUMENTS.findall(m[4] if launch else m[2])}
+        between = {"reads": sides.get(b"input", ()), "writes": sides.get(b"output", ())}
+        shape = (_squeeze(m[5]), _squeeze(m[6]), int(m[7])) if launch else ("", "", 1)
+        found.append(Kernel(m[1].decode(), *shape, **between))
+    return found
+
+
+def _tensors(names: bytes, aliases: dict[bytes, bytes]) -> tuple[str, ...]:
+    """Argument names with views replaced by what they are views of; sizes ("proxy...") are no tensors."""
+    found = []
+    for name in _NAME.findall(names):
+        seen: set[bytes] = set()
+        while name in aliases and name not in seen:
+            seen.add(name)
+            name = aliases[name]
+        if not name.startswith(b"proxy") and b"_proxy" not in name:
+            found.append(name.decode("latin1"))
+    return tuple(found)
+
+
+def _is_of(name: str, tensor: str) -> bool:
+    """Is this tensor of the plan the network's input `name`? Plans number their tensors: past_k.0 is past_k.0.1."""
+    return tensor == name or (tensor.startswith(f"{name}.") and tensor.removeprefix(f"{name}.").isdigit())
 
 
 def _squeeze(text: bytes) -> str:

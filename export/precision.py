@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
@@ -196,7 +197,7 @@ class _Narrowing:
     def _retype(self, node: Node) -> None:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         try:
-            with self.mode, torch.no_grad():
+            with self.mode, enable_python_dispatcher(), torch.no_grad():  # the dispatcher: composites of symbolic sizes
                 node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception as cause:
             types = [f"{n.name}: {n.meta['val'].dtype}" for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]

@@ -68,7 +68,10 @@ def _type(value: Any) -> Any:
 
 
 def _size(value: Any) -> Any:
-    return value.node.expr if isinstance(value, torch.SymInt) else (type(value), value)
+    if not isinstance(value, torch.SymInt):
+        return type(value), value
+    expr = value.node.expr
+    return (int, int(expr)) if expr.is_Integer else (torch.SymInt, expr)  # sympy cannot compare an expression with a pair
 
 
 def _frozen(value: Any) -> Any:

@@ -13,8 +13,10 @@ from torch.fx import Node
 from ...graph.program import Program, Stage
 from ..errors import LowerError
 from ..precision import PRECISIONS, RESIDUALS
+from ._trt_cache import is_codes
 
 Range = tuple[int, int, int]  # min, opt, max
+UNFUSED = ("error", "warn")
 SMALLEST_GPU = {"float16": "7.5", "bfloat16": "8.0", "float32": "7.5"}  # Turing has no bfloat16
 
 
@@ -38,12 +40,15 @@ class TrtOptions:
     workspace_mb: int = 0  # 0: the builder's default
     optimization_level: int | None = None
     timing_cache: str | None = None  # a file, read if it exists and written after the build
+    unfused: str = "error"  # or "warn": what happens when a plan dequantizes a quantized cache to memory before attention reads it
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise LowerError(f"trt: precision={self.precision!r} is none of {list(PRECISIONS)}")
         if self.residual not in RESIDUALS:
             raise LowerError(f"trt: residual={self.residual!r} is none of {list(RESIDUALS)}")
+        if self.unfused not in UNFUSED:
+            raise LowerError(f"trt: unfused={self.unfused!r} is none of {list(UNFUSED)}")
         for name in ("batch", "images", "text", "visual", "sequence", "past"):
             as_range(name, getattr(self, name))
 
@@ -116,12 +121,14 @@ def _axis(node: Node, axis: int, axes: Mapping[str, Range]) -> Range | None:
         return axes["BS"[axis]]
     if name == "position_ids":
         return axes["BS"[axis - (rank - 2)]]
-    if name == "lengths":
+    if name.partition(".")[0] == "lengths":
         return axes["B"]
     if name.startswith("conv."):
         return axes["B"]
     if name.startswith(("past_k.", "past_v.", "past_pos.")):
-        return axes["B" if axis == 0 else "P"]
+        low, opt, high = axes["B" if axis == 0 else "P"]
+        several = any(n.startswith(f"past_k.{name.split('.')[1]}.") and is_codes(n) for n in _names(node))
+        return (0, opt, high) if axis and several else (low, opt, high)  # one of several partitions may hold nothing
     if (node.graph.owning_module is not None and name in ("pixel_values",)) or (axis == 0 and "input_ids" not in _names(node)):
         return axes["I"] if rank > 2 else _patches(node, axes)
     return axes["B"] if axis == 0 else axes["N"] if axis == 1 else None

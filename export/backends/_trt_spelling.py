@@ -16,7 +16,7 @@ the valid rows, so the mask goes, and the kernel reads eight values at a time in
 RoPE tables are written to memory once: left as arithmetic they would be fused into the first layer's kernel, and every further layer
 would copy its
 cache (found by bisection; a sum over an axis of one is the identity that is not fused through).
-The cache is token-major, [B, P, G, D]: with batch 1 a new row is written right behind the past, with no copy.
+The cache is token-major, [B, P, G, D], and its codes are read as they lie: `_trt_cache`.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from ...graph.ops.attention import attention as ATTENTION
 from ...graph.ops.attention_varlen import attention_varlen as ATTENTION_VARLEN
 from ...graph.ops.compact_tokens import compact_tokens as COMPACT
 from ...graph.ops.keep_tokens import keep_tokens as KEEP
-from ...graph.ops.kv_append import kv_append as APPEND
-from ...graph.ops.kv_mask import kv_mask as KV_MASK
 from ...graph.ops.last_token import last_token as LAST
 from ...graph.ops.top_tokens import top_tokens as TOP
 from ...graph.program import Program, Stage
 from ...graph.retype import reroute, retype
 from ...graph.splice import splice
 from ..onnx_select import SELECT
+from ._trt_cache import lay_out, of_lengths
 
 aten = torch.ops.aten
 SEEN, UNSEEN = 0.0, -30000.0  # an additive mask in float16: below any logit, and the sum with one stays finite
 HIDDEN = -1e30  # in float32, as the dialect's own attention
 FUSED_WIDTHS = range(16, 257, 8)
-BODIES: dict[Any, None] = dict.fromkeys(SELECT)  # what chooses tokens is expanded to its body: the lean spellings are for a dispatcher of nodes
+# Greedy choices stay unrolled: a Loop builds on its own, and the builder of TensorRT-RTX 1.7.1 dies (SIGSEGV) on a whole stage with one.
+BODIES: dict[Any, None] = dict.fromkeys(SELECT)
 
 
 def respell(program: Program, batch_one: bool) -> None:
@@ -57,7 +57,7 @@ def respell(program: Program, batch_one: bool) -> None:
         if name == "prefill" and batch_one:
             double_last_row(stage)
         if name != "vision":
-            token_major(stage)
+            lay_out(stage, program.kv)
         stage.graph.eliminate_dead_code()
         retype(stage)
         stage.graph.lint()
@@ -106,7 +106,7 @@ class _Respelling:
     def _attention(self, node: Node) -> None:
         self.tags = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "layer")}
         q, k, v, mask, q_pos, k_pos, scale, causal, window, softcap, _layer = node.args
-        if self.decode and self.batch_one and isinstance(mask, Node) and mask.target is KV_MASK:
+        if self.decode and self.batch_one and of_lengths(mask):
             mask = None
         if not self.decode and not window and causal and is_padding(mask) and q_pos is k_pos:
             mask = q_pos = k_pos = None  # valid rows come first: a causal query never sees padding, and order is kept by every cut
@@ -328,43 +328,3 @@ def double_last_row(stage: Stage) -> None:
         batch = stage.graph.call_function(aten.sym_size.int, (ids, 0))
         first = stage.graph.call_function(aten.slice.Tensor, (logits, 0, 0, batch))
     out.args = (tuple(first if v is logits else v for v in out.args[0]),)
-
-
-# ** the cache, token-major **
-
-
-def token_major(stage: Stage) -> None:
-    """past_k, past_v [B, G, P, D] -> [B, P, G, D] at the inputs, and new rows likewise at the outputs."""
-    for node in list(stage.graph.nodes):
-        if node.op == "placeholder" and node.meta.get("name", node.name).startswith(("past_k.", "past_v.")):
-            _turn_input(stage, node)
-    out = next(n for n in reversed(stage.graph.nodes) if n.op == "output")
-    values = []
-    for name, value in zip(stage.outputs, out.args[0], strict=True):
-        if name.startswith(("k.", "v.")):
-            with stage.graph.inserting_before(out):
-                value = stage.graph.call_function(aten.transpose.int, (value, 1, 2))
-        values.append(value)
-    out.args = (tuple(values),)
-
-
-def _turn_input(stage: Stage, past: Node) -> None:
-    """The concatenation happens token-major, and its result is turned: past rows are never copied on their own."""
-    readers = list(past.users)
-    old = past.meta["val"]
-    with old.fake_mode:
-        past.meta["val"] = torch.empty_like(old.transpose(1, 2), memory_format=torch.contiguous_format)
-    turned = None
-    for reader in readers:
-        if reader.target is APPEND and reader.args[0] is past:
-            with stage.graph.inserting_before(reader):
-                new = stage.graph.call_function(aten.transpose.int, (reader.args[1], 1, 2))
-                joined = stage.graph.call_function(aten.cat.default, ([past, new], 1))
-                whole = stage.graph.call_function(aten.transpose.int, (joined, 1, 2))
-            reader.replace_all_uses_with(whole)
-            stage.graph.erase_node(reader)
-            continue
-        if turned is None:
-            with stage.graph.inserting_after(past):
-                turned = stage.graph.call_function(aten.transpose.int, (past, 1, 2))
-        reader.replace_input_with(past, turned)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,6 +27,7 @@ from .base import Backend, Engine
 if TYPE_CHECKING:
     from ...graph.program import Program, Stage
     from ..artifact import Artifact
+    from ..engine_report import EngineReport
     from ._trt_options import TrtOptions
 
 DEFAULTS = {  # as in TrtOptions; written out so that listing targets needs no torch
@@ -42,13 +44,16 @@ DEFAULTS = {  # as in TrtOptions; written out so that listing targets needs no t
     "workspace_mb": 0,
     "optimization_level": None,
     "timing_cache": None,
+    "unfused": "error",
 }
 REPORT = "reports/engines.json"
 WEIGHTS = "weights.bin"
 
 
 class _TensorRT(Backend):
-    fuses = frozenset({"attention", "kv_store", "kv_append", "kv_mask", "keep_tokens", "last_token", "splice_image_features"})
+    fuses = frozenset(
+        "attention kv_store kv_append kv_mask kv_held quantize_kv dequantize_kv keep_tokens last_token splice_image_features".split()
+    )
     options: ClassVar[Mapping[str, Any]] = DEFAULTS
     module: ClassVar[str]
     install: ClassVar[str]
@@ -89,6 +94,7 @@ class _TensorRT(Backend):
         target.mkdir(parents=True, exist_ok=True)
         for request in self._requests(program, narrow, target, parsed):
             plan, report = build(trt, self.name, request, parsed, capability)
+            told += self._fusion(report, parsed.unfused)
             (target / f"{request.stage}.engine").write_bytes(memoryview(plan))
             components[request.stage] = {
                 "file": f"components/{request.stage}.engine",
@@ -105,6 +111,16 @@ class _TensorRT(Backend):
         content = {"remarks": told, "options": asdict(parsed), "engines": [r.to_json() for r in reports]}
         (folder / REPORT).write_text(json.dumps(content, indent=1) + "\n")
         return components
+
+    def _fusion(self, report: EngineReport, policy: str) -> list[str]:
+        """What the built plan does with a quantized cache: it must be read inside attention, or `unfused` says that it need not."""
+        if not report.unfused:
+            return []
+        said = f"{self.name}: {report.stage}: {'; '.join(report.unfused)}"
+        if policy == "error":
+            raise LowerError(f"{said}. The cache would save memory and cost time; --option unfused=warn builds it all the same")
+        warnings.warn(said, stacklevel=3)
+        return [said]
 
     def _requests(self, program: Program, narrow: Program, folder: Path, options: TrtOptions) -> Any:
         """One stage after the other: its ONNX file exists while its engine is built."""

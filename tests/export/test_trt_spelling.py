@@ -207,8 +207,8 @@ def test_the_parsers_refusal_names_node_and_reason(llava, tmp_path, monkeypatch)
 
     original = module.to_onnx
 
-    def broken(stage, name, weights):
-        model = original(stage, name, weights)
+    def broken(stage, name, weights, **rest):
+        model = original(stage, name, weights, **rest)
         model.graph.node[0].op_type = "NoSuchOperator"
         return model
 
