@@ -49,8 +49,8 @@ def places(visual: Tensor, valid: Tensor, visual_index: Tensor, fractions: list[
     anchor = F.keep_tokens(F.compact_tokens(seen, T), rank)
     index = torch.where(inside, anchor.gather(1, which), old)
     last = torch.where(inside, end.clamp(min=0), old)
-    return (start.squeeze(1), index, last, F.keep_tokens(visual, old) & ~inside, torch.where(inside, some, F.keep_tokens(valid, old)),
-            torch.where(inside, FIRST - which, F.keep_tokens(visual_index, old)))
+    held = (inside & some) | (~inside & F.keep_tokens(valid, old))  # not `where`: backends choose among numbers, not among truth values
+    return start.squeeze(1), index, last, F.keep_tokens(visual, old) & ~inside, held, torch.where(inside, FIRST - which, F.keep_tokens(visual_index, old))
 
 
 def insert_registers(program: Program, tokens: Node, fractions: list[float], who: str) -> None:
