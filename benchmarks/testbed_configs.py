@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from foveate.passes.base import Pass, discover
 from foveate.passes.recycle import clusters
 from foveate.passes.reduce import Reduce
-from foveate.passes.select import Select
 from foveate.passes.vision_select import VisionReduce
 
 DEPTH, TOKENS = 8, 144
@@ -163,6 +162,9 @@ def vision(name: str, budget: float, section: str) -> Iterator[Config]:
     elif name == "merge-prumerge":
         yield made(step(name, keep=budget), "PruMerge")
         yield made(step(name, keep=budget, uniform=0.75), "PruMerge+")
+    elif name == "merge-must-drop":
+        note = () if K in (72, 16) else ("merges whole windows of 9 patches, so that it keeps 144 - 8 r tokens, r at most 16",)
+        yield made(step(name, keep=budget), notes=note)
     elif name == "merge-tome":
         yield made(step(name, r={72: 18, 36: 27, 16: 40, 9: 72}[K]))
     elif name == "prune-elip":
@@ -276,7 +278,9 @@ def reductions() -> dict[str, type[Pass]]:
     return {n: c for n, c in discover().items() if issubclass(c, (Reduce, VisionReduce)) or n.startswith(PREFIXES)}
 
 
-IN_TOWER = ("merge-tome", "prune-elip", "prune-objects")
+def before_llm(kind: type[Pass]) -> bool:
+    """Does it leave fewer tokens at the vision side? bypass-vision does not, whatever its place."""
+    return issubclass(kind, VisionReduce) or (kind.place == "tower" and kind.name != "bypass-vision")
 
 
 def plan() -> list[Config]:
@@ -286,7 +290,7 @@ def plan() -> list[Config]:
     out = []
     for budget in BUDGETS:
         for name in names:
-            if issubclass(found[name], VisionReduce) or name in IN_TOWER:
+            if before_llm(found[name]):
                 out += [c for section in (VISION, ORIGINAL) for c in vision(name, budget, section)]
             elif issubclass(found[name], Reduce):
                 out += inside(name, budget, found[name])
@@ -300,4 +304,4 @@ def unplanned() -> list[str]:
     return sorted(n for n in reductions() if n not in planned and n not in UNMEASURED)
 
 
-__all__ = ["BUDGETS", "NONE", "SECTIONS", "UNMEASURED", "Config", "Select", "plan", "reductions", "unplanned"]
+__all__ = ["BUDGETS", "NONE", "SECTIONS", "UNMEASURED", "Config", "plan", "reductions", "unplanned"]

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.measure import alternate, machine, ratio
-from benchmarks.testbed_configs import NONE, plan
+from benchmarks.testbed_configs import NONE, ORIGINAL, plan
 from benchmarks.testbed_table import Bench, Line, Reader, RecordError, append, read, revision
 
 STEPS = 8  # decode steps per timing
@@ -43,10 +43,10 @@ class Stages:
 
     def decode(self) -> None:
         """The same steps over the same rows, again and again."""
-        rows = self.cache.lengths.copy(), self.cache.slot.copy()
+        parts, slot = {name: rows.copy() for name, rows in self.cache.parts.items()}, self.cache.slot.copy()
         for step in range(STEPS):
             self.engine.decode(self.cache, self.token, self.feeds["position_ids"][:, -1:] + 1 + step)
-        self.cache.lengths, self.cache.slot = rows
+        self.cache.parts, self.cache.slot = parts, slot
 
 
 def stage_times(this: Stages, none: Stages, rounds: int) -> dict[str, Any]:
@@ -62,17 +62,20 @@ def stage_times(this: Stages, none: Stages, rounds: int) -> dict[str, Any]:
 
 
 def wanted(done: dict[str, Line], commit: str) -> list[tuple[str, str]]:
-    """(recipe, outside input) of every measured configuration without a latency of this commit; one draw of the random controls will do"""
-    configs = {NONE: "", **{c.recipe: c.extra for c in plan() if "seed=1" not in c.recipe}}
+    """(recipe, outside input) of every measured configuration without a latency of this commit
+
+    One draw of the random controls will do, and keep-positions runs the graphs of the recipe without it.
+    """
+    configs = {NONE: "", **{c.recipe: c.extra for c in plan() if "seed=1" not in c.recipe and c.section != ORIGINAL}}
     return [(r, e) for r, e in configs.items() if r in done and done[r].right and (done[r].latency or {}).get("commit") != commit]
 
 
-def time_all(path: Path, rounds: int, seconds: float = 345.0) -> None:
+def time_all(path: Path, rounds: int, only: str = "", seconds: float = 345.0) -> None:
     done, commit = read(path), revision()
     if not done:
         raise RecordError(f"{path.name}: no configuration in it; run `testbed_table run` first")
     items = next(iter(done.values())).items
-    left, start = wanted(done, commit), time.perf_counter()
+    left, start = [(r, e) for r, e in wanted(done, commit) if only in r], time.perf_counter()
     print(f"{len(left)} configurations to time; load average {machine(1)['load_average']}", flush=True)
     bench = Bench(18)
     with tempfile.TemporaryDirectory() as folder:

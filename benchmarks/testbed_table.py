@@ -75,6 +75,7 @@ class Line:
     held: tuple[float, ...] = ()  # visual rows that the cache of each layer holds, mean over the items, per picture
     flops: dict[str, int] = dataclasses.field(default_factory=dict)  # vision, prefill, decode
     parameters: tuple[Any, ...] = ()  # (pass, all its parameters)
+    extra: str = ""  # the stand-in for an outside input
     seconds: float = 0.0
     commit: str = ""
     date: str = ""
@@ -148,10 +149,15 @@ def digest(count: int) -> str:
 
 @cache
 def objects(count: int) -> dict[str, np.ndarray]:
-    """Item id -> [pictures, 144]: 1 where a thing of the picture is, as an ideal detector would say."""
+    """Item id -> heat[pictures, 144]: how deep inside a thing of the picture a patch lies, in patches, 0 on background; as an ideal detector."""
+    from scipy.ndimage import distance_transform_edt
+
     kind = LABEL_ID["kind"]
-    drawn = make_data.generate("test")
-    return {id: np.stack([p.labels[kind].reshape(-1) > 0 for p in pictures]).astype(np.float32) for id, _, pictures, _ in islice(drawn, count)}
+
+    def heat(labels: np.ndarray) -> np.ndarray:
+        return distance_transform_edt(np.pad(labels[kind] > 0, 1))[1:-1, 1:-1].ravel().astype(np.float32)
+
+    return {id: np.stack([heat(p.labels) for p in pictures]) for id, _, pictures, _ in islice(make_data.generate("test"), count)}
 
 
 class Extras:
@@ -160,7 +166,7 @@ class Extras:
     question in token space   the mean of the unit word embeddings of the question, in the language model's own space (CDPruner)
     question in tower space   the question's vector of the testbed's text tower, through the pseudo-inverse of the visual projection, as
                               long as a normalised state of the tower (ELIP; its paper trains both towers together)
-    true objects              where the things are, by the generator's labels (object-guided sampling; its paper takes detected boxes)
+    true objects              heat maps of the things, by the generator's labels (object-guided sampling; its paper's are of detected boxes)
     """
 
     def __init__(self, model: Any, processor: Any, count: int) -> None:
@@ -337,7 +343,8 @@ def run(path: Path, count: int, until: str, only: Callable[[str], bool] = lambda
             continue
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         seconds = round(time.perf_counter() - start, 1)
-        append(path, {"recipe": recipe, "items": digest(count), "n": count, **fields, "seconds": seconds, "commit": commit, "date": now, "versions": versions})
+        about = {"extra": extra, "seconds": seconds, "commit": commit, "date": now, "versions": versions}
+        append(path, {"recipe": recipe, "items": digest(count), "n": count, **fields, **about})
         turns = [len(i.turns) for i in bench.items]
         said = fields.get("refused") or f"{100 * item_scores(fields['right'], turns).mean():.1f}%"
         print(f"{at + 1}/{len(left)} {recipe}: {said} ({seconds} s)", flush=True)
@@ -357,7 +364,7 @@ def revision() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run"])
+    parser.add_argument("what", choices=["run", "latency", "report"])
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--items", type=int, default=612, help="how many test items, slices taking turns")
     parser.add_argument("--until", default="", help="start no configuration after this time, UTC, HH:MM")
@@ -370,7 +377,7 @@ def main() -> None:
         elif options.what == "latency":
             from benchmarks.testbed_latency import time_all
 
-            time_all(options.record, options.rounds)
+            time_all(options.record, options.rounds, options.only)
         else:
             from benchmarks.testbed_report import write
 
