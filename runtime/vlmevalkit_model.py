@@ -26,6 +26,7 @@ class Foveate(BaseModel):
     INSTALL_REQ = False
 
     def __init__(self, model_path: str, max_new_tokens: int = 512, **options: Any) -> None:
+        super().__init__()
         self.session = load(model_path)
         self.max_new_tokens = max_new_tokens
         self.options = {"do_sample": False, **options}
