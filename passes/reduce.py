@@ -21,6 +21,7 @@ from ..graph.sites import Site, role, site
 from ..graph.splice import splice
 from . import taps
 from .base import Pass
+from .budget import rank_in_group
 from .cut import cut, require_visual
 from .taps import last_valid
 
@@ -60,6 +61,7 @@ class Reduce(Pass):
     shapes: ClassVar[str] = "fixed"
     exact: ClassVar[bool] = True  # keeps exactly the budget; False: the budget is a bound and the data decide
     everything: ClassVar[dict[str, Any]] = {}  # parameters under which the data ask for every token, so that the budget alone decides
+    per_image = False  # not a field; where a method has it as a parameter: every image of a sample gets an equal part of the budget
     of_prompt: ClassVar[bool] = False  # a share is of the visual tokens in the prompt, or (False) of those left at the site
 
     @property
@@ -151,6 +153,8 @@ class Reduce(Pass):
                most: Any) -> tuple[Tensor, Tensor]:
         """From taps `read` to which visual tokens stay, [B, T], and the stream after merging; `most` bounds how many go through `merge`."""
         score = self.score(**{n: read[n] for n in _names(self.score)}).float()
+        if self.per_image:
+            score = -rank_in_group(score, read["image"], visual & valid).float()
         if self.limit:
             budget = torch.minimum(budget, self.limit(**{n: read[n] for n in _names(self.limit)}))
         at = torch.arange(valid.shape[1], device=valid.device)[None]
@@ -159,7 +163,7 @@ class Reduce(Pass):
         return self.merge(hidden, score, best & visual & valid, visual & valid, most) if self.merge else (best, hidden)
 
     def _asked(self) -> list[str]:
-        return [*_names(self.score), *(_names(self.limit) if self.limit else [])]
+        return [*_names(self.score), *(_names(self.limit) if self.limit else []), *(["image"] if self.per_image else [])]
 
     def _taps(self, program: Program, where: Site, more: list[str]) -> dict[str, Any]:
         names = list(dict.fromkeys(n for n in [*self._asked(), *more] if n != "budget"))
@@ -168,6 +172,8 @@ class Reduce(Pass):
             if set(unknown) <= set(taps.ATTENTION):
                 raise self.fail(f"reads the attention before layer {where.layer}, and there is none; "
                                 f"the first layer it can cut at is {where.layer + 1}")
+            if unknown == ["image"]:
+                raise self.fail(f"needs to know which image a token is of, and images of {program.facts.model_type} bring no fixed number of tokens")
             raise self.fail(f"score asks for {unknown}; layer {where.layer} has the taps {sorted(found)}")
         return {n: found[n] for n in names}
 

@@ -17,11 +17,13 @@ class Select(Reduce):
         h[B, T, D], masks, cos, sin, ...  ->  i = compact(text or top(score, keep))[B, T - n + keep], and each of them gathered by i
 
     keep: visual tokens per sample (int), or a share of the sample's visual tokens in (0, 1], to a thousandth, rounded up.
+    per_image: the budget is split evenly over the sample's images; each keeps its best.
     A method overrides `score`; the names of its arguments say what it taps. A sample with fewer visual tokens keeps them all.
     """
 
     layer: Layer
     keep: Keep
+    per_image: bool = False
 
     def schedule(self) -> tuple[tuple[int, Keep], ...]:
         return ((self.layer, self.keep),)

@@ -27,4 +27,6 @@ IN_TOWER = [
     ("bypass-vision", {"layers": (1, 3), "keep": (0.5, 0.3)}),
     ("prune-objects", {}),
     ("prune-objects", {"layer": 2, "context": 0.0}),
+    ("merge-must-drop", {"keep": 7}),
+    ("merge-must-drop", {"keep": 9, "window": 2, "layer": 2, "mode": "parity"}),
 ]

@@ -25,8 +25,8 @@ class DropMustDrop(Staged):
         k.l, v.l of the cache, first of `layers` <= l < last  ->  gathered by what the last stage kept       (evict: true)
 
     Liu et al., "Multi-Stage Vision Token Dropping", 2024 (sections 3.3, 3.4). Defaults: after layers 2, 6, 10, 14, thresholds of its 192-token
-    setting. The count is data, the shape is its bound `keeps`, rows beyond it are filler. Not here: the vision stage (a vision method merges its
-    windows), and the key set that the CLS token saves. The published code renumbers positions, so that its evicted rows no longer fit: ours are the
+    setting. The count is data, the shape is its bound `keeps`, rows beyond it are filler. The vision stage is merge-must-drop. Not here: the
+    key set that the CLS token saves. The published code renumbers positions, so that its evicted rows no longer fit: ours are the
     original ones.
     One mode: with the same thresholds both keep the same tokens; the renumbered positions are not reproduced.
     """

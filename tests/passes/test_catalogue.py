@@ -22,7 +22,7 @@ def test_json_names_place_shapes_parameters_and_paper_of_every_pass():
     result = CliRunner().invoke(app, ["passes", "--json"])
     rows = {r["name"]: r for r in json.loads(result.stdout)}
     assert result.exit_code == 0 and set(rows) == set(PASSES)
-    assert rows["drop-fastv"] == {"name": "drop-fastv", "place": "llm", "shapes": "fixed", "parameters": {"layer": 2, "keep": 0.5},
+    assert rows["drop-fastv"] == {"name": "drop-fastv", "place": "llm", "shapes": "fixed", "parameters": {"layer": 2, "keep": 0.5, "per_image": False},
                                   "paper": "arXiv:2403.06764",
                                   "what": "FastV: after layer k - 1, the last token's attention says which visual tokens matter."}
     assert rows["prune-hired"]["shapes"] == "split" and rows["drop-zip-vl"]["shapes"] == "bound" and rows["merge-tome"]["place"] == "tower"

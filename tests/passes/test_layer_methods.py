@@ -1,5 +1,7 @@
 """What single methods inside the language model promise beyond the contract: numbers by another route, and refusals."""
 
+from dataclasses import replace
+
 import helpers
 import pytest
 import torch
@@ -46,6 +48,7 @@ def test_pyramid_reads_the_attention_of_the_layer_it_cuts_at():
     ("drop-pyramid{layers=[2,1],keeps=[0.5,0.2]}", r"drop-pyramid: layers must ascend, got \[2, 1\]"),
     ("drop-pyramid{layers=[1,2],keeps=[0.2,0.5]}", r"drop-pyramid: keeps must not grow, got \[0.2, 0.5\]"),
     ("bypass-mod{layers=[2],keep=0.5}", "bypass-mod: layer 2 has no layer behind it .*; the last that can be bypassed is 1"),
+    ("exit-vision{layer=auto}", "exit-vision: layer: auto is a question to data: `foveate exits"),
     ("drop-zip-vl{layers=[0],keeps=[0.5]}", "drop-zip-vl: reads the attention before layer 0, .*the first layer it can cut at is 1"),
 ])
 def test_refuses_by_name(text, message):
@@ -146,3 +149,36 @@ def test_clusters_of_two_clouds_and_of_duplicates():
 def test_cluster_counts_are_the_published_ones():
     for p in (1, 33, 276, 510):
         assert (candidates(p), clusters(p)) == (int(0.3 * p) + 1, int((int(0.3 * p) + 1) / 10) + 1)
+
+
+@pytest.mark.parametrize("name", ["drop-fastv", "drop-dart", "drop-uniform"])
+def test_a_budget_per_image_is_split_evenly(name):
+    """Two images in one sample, one in the other: 5 tokens are 3 and 2 of them; alone, an image gets all."""
+    program = ran(f"{name}{{layer=1,keep=5,per_image=true}}, clean-up")
+    verify(program)
+    kept = program["prefill"].run(helpers.feeds([2, 1], [4, 3], seed=8))["kept.layer1"].tolist()
+    assert [sum(r // 6 == i for r in kept[0]) for i in (0, 1)] == [3, 2] and len(set(kept[1])) == 5
+
+
+def test_a_budget_per_image_equals_its_oracle_and_keeps_the_best_of_each():
+    method, feed = make("drop-fastv", {"layer": 1, "keep": 4, "per_image": True}), helpers.feeds([2, 0], [4, 3], seed=9)
+    program, masked = helpers.toy(), mask_only(helpers.toy(), [method])
+    method.run(program)
+    got = program["prefill"].run(feed)
+    helpers.close(got["logits"], masked["prefill"].run(feed)["logits"], 3e-5)
+    stage, ids = helpers.toy()["prefill"], feed["input_ids"][:1]
+    visual, valid = ids[0] == helpers.IMAGE, feed["attention_mask"][0] != 0
+    hidden = stage.module.lm.embed.weight[ids].clone()
+    hidden[0, visual] = feed["image_features"][0]
+    cos = torch.cos(feed["position_ids"][:1, :, None] * torch.tensor([1.0, 0.3, 0.1, 0.03]))
+    q, k, _ = (hidden @ stage.module.lm.layers.get_submodule("0").qkv.weight.T).chunk(3, -1)
+    p = ((q * cos)[0, valid][-1] @ (k * cos)[0, valid].T * 0.5).softmax(-1)[visual[valid]]
+    want = sorted([*p[:6].topk(2).indices.tolist(), *(6 + p[6:].topk(2).indices).tolist()])
+    assert got["kept.layer1"][0].tolist() == want
+
+
+def test_a_budget_per_image_needs_images_of_one_size():
+    program = helpers.toy()
+    program.facts = replace(program.facts, tokens_per_image=None, features_per_image=None)
+    with pytest.raises(PassError, match="drop-fastv: needs to know which image a token is of, and images of toy bring no fixed number of tokens"):
+        make("drop-fastv", {"layer": 1, "keep": 4, "per_image": True}).run(program)

@@ -44,7 +44,7 @@ def test_a_batch_of_images_equals_single_ones(reduced):
     together = towers.run(reduced, images)
     for i in range(3):
         alone = towers.run(reduced, images[i : i + 1])
-        torch.testing.assert_close(together["image_features"][i * n : (i + 1) * n], alone["image_features"], rtol=1e-5, atol=1e-5)  # matmul blocking
+        torch.testing.assert_close(together["image_features"][i * n : (i + 1) * n], alone["image_features"], rtol=3e-5, atol=3e-5)  # matmul blocking, 4 layers
 
 
 @pytest.mark.parametrize("images", [torch.ones(2, 15, 3), torch.tensor([1.0, -1.0]).repeat(8)[:15].view(1, 15, 1).expand(2, 15, 3).contiguous()])

@@ -133,6 +133,18 @@ def test_tome():
         torch.testing.assert_close(onto(x), torch.from_numpy(want["rows"][seed]), rtol=1e-4, atol=1e-4)
 
 
+def test_must_drop():
+    """The vision stage: means first, most alike first, then the other patches; rows of all seeds lie one behind the other."""
+    want = golden("merge-must-drop")
+    ends = np.cumsum(want["counts"])
+    for seed in SEEDS:
+        s, count = signals(seed, grid=(12, 12)), int(want["counts"][seed])
+        x = torch.cat([s.cls_feature, s.features], 1)
+        rows, place = make("merge-must-drop", {"mode": "parity"}).merged(x, 1, 12, 16, (145 - count) // 8)
+        torch.testing.assert_close(onto(rows)[0], torch.from_numpy(want["rows"][ends[seed] - count : ends[seed]]), rtol=1e-4, atol=1e-4)
+        assert sorted(set(place[0].tolist())) == sorted(place[0].tolist())
+
+
 def test_elip():
     want = golden("prune-elip")["rows"]
     for seed in SEEDS:
