@@ -279,11 +279,12 @@ class Teacher:
                 layouts.append(lay_out(s.tokens, groups, [len(g) for g in groups], grids, rule))
             batch = assemble(layouts, {n: [f.float().numpy()] * len(now) for n, f in feats.items()}, self.facts, _pad(self.facts))
             out, cache = self.session.engine.prefill(batch.feeds, batch.length + steps)
-            logits, made, done = out["logits"], [[] for _ in now], np.zeros(len(now), bool)
+            logits, made, done = out["logits"].copy(), [[] for _ in now], np.zeros(len(now), bool)
             token = np.zeros(len(now), np.int64)
             for step in range(steps):
                 if step:
-                    logits = self.session.engine.decode(cache, token[:, None], batch.step_positions(step - 1))
+                    logits = self.session.engine.decode(cache, token[:, None], batch.step_positions(step - 1)).copy()
+                logits[:, self.facts["image_token_id"]] = -np.inf  # an answer cannot bring an image
                 token = np.where(done, _pad(self.facts), logits.argmax(-1)).astype(np.int64)
                 for b in np.flatnonzero(~done):
                     made[b].append(int(token[b]))

@@ -249,6 +249,7 @@ def test_the_cache_goes_on_and_knows_its_teacher(tmp_path, monkeypatch):
     assert (tmp_path / "rows-00000.safetensors").stat().st_mtime_ns == kept
     (row,) = cache.rows(2)
     assert [len(s.answer) <= 4 for s in row.segments] == [True] * 4
+    row.logits[:, 4] = float("-inf")  # no answer brings an image
     assert torch.equal(row.logits.argmax(-1), torch.from_numpy(row.wanted))  # packed distributions agree with greedy decoding in the engine
     with pytest.raises(foveate.DistillError, match="was made with another making; choose another folder"):
         Cache.build(program, processor, data, tmp_path, replace(making, max_new_tokens=5))
