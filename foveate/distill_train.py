@@ -34,7 +34,7 @@ class Settings:
     batch: int = 8
     accumulate: int = 1
     lr: float = 3e-3
-    rates: Mapping[str, float] = field(default_factory=lambda: {"victor": 1e-2})  # of a pass's tensors, where not `lr`
+    rates: Mapping[str, float] = field(default_factory=lambda: {"victor": 1e-2, "prefusion.registers": 1e-2, "prefusion": 1e-3, "meta-tokens": 1e-2})
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -159,7 +159,7 @@ class Trainer:
         groups: dict[float, list[nn.Parameter]] = {}
         for name, tensor in self.tensors.items():
             tensor.requires_grad_(True)
-            rate = settings.rates.get(name.removeprefix(PREFIX).partition(".")[0], settings.lr)
+            rate = rate_of(name.removeprefix(PREFIX), settings)
             groups.setdefault(rate, []).append(tensor)
         self.optimizer = torch.optim.AdamW([{"params": p, "lr": r} for r, p in groups.items()], betas=settings.betas, weight_decay=settings.weight_decay)
         self.rates = list(groups)
@@ -324,6 +324,12 @@ class Trainer:
         if self.rank == 0:
             with (self.folder / CURVE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def rate_of(name: str, settings: Settings) -> float:
+    """By the longest beginning of the tensor's name in `rates`, else `lr`."""
+    found = [b for b in settings.rates if name == b or name.startswith(f"{b}.")]
+    return settings.rates[max(found, key=len)] if found else settings.lr
 
 
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:

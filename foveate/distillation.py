@@ -103,6 +103,8 @@ def distill(
     making = replace(making, pixels=own_vision)
     kept = Cache.build(program, processor, pairs, cache or folder / "teacher", making, lambda line: say("teacher", line)) if world()[0] == 0 else None
     kept = kept or Cache(Path(cache or folder / "teacher"), making, len(pairs))
+    if routers := [s.rewrite for s in chosen.steps if getattr(s.rewrite, "objective", "") == "exit"]:
+        return _routers(program, chosen, routers[0], kept, config, folder, say)
     views = [trial, *variants.build(variants.recipes[1:], making)]
     tensors = share(views)
     if weights is not None:
@@ -118,6 +120,21 @@ def distill(
     report["settings"] = asdict(config)
     if world()[0] == 0:
         (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return Distilled(folder, folder / "recipe.yaml", folder / WEIGHTS, report)
+
+
+def _routers(program: Program, recipe: Recipe, router: Any, cache: Cache, config: Settings, folder: Path, say: Progress) -> Distilled:
+    """Routers learn from labels that the teacher makes, not from its distributions; the rest of the recipe must have nothing to learn."""
+    from .distill_exit import train_routers
+
+    student = run(program.clone(), recipe)
+    if other := [n for n in learned(student) if not n.startswith(f"{PREFIX}{router.name}.")]:
+        raise DistillError(f"distill: {router.name} is trained alone, and recipe {recipe.name!r} also learns {other[0].removeprefix(PREFIX)}; train that first")
+    report = train_routers(program, student, router, cache, config, folder, lambda line: say("train", line))
+    report |= {"steps": config.steps, "settings": asdict(config), "parameters": sum(t.numel() for t in learned(student).values()),
+               "agreement": min(1.0 if r["kept_answer"] is None else r["kept_answer"] for r in report["layers"].values())}
+    (folder / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return Distilled(folder, folder / "recipe.yaml", folder / WEIGHTS, report)
 
 
@@ -159,12 +176,12 @@ class Variants:
         base, sizes = recipe, ()
         if config.elastic:
             sizes = tuple(sorted(set(config.elastic), reverse=True))
-            table = _parameter(recipe, "registers", "elastic")
-            if sizes[0] < 1:
-                raise DistillError(f"distill: elastic={list(config.elastic)}; numbers of registers must be at least 1")
-            base = _with(recipe, table=max(sizes[0], table))
-            own = table
-            recipes = [_with(base, registers=own), *[_with(base, registers=m) for m in sizes if m != own]]
+            which = next((s.rewrite.elastic for s in recipe.steps if getattr(s.rewrite, "elastic", "")), "registers")
+            own = _parameter(recipe, which, "elastic")
+            if sizes[-1] < 1:
+                raise DistillError(f"distill: elastic={list(config.elastic)}; numbers of {which} must be at least 1")
+            base = _with(recipe, **{which: own, "table": max(sizes[0], own)})
+            recipes = [base, *[_with(base, **{which: m}) for m in sizes if m != own]]
         else:
             recipes = [base]
         count = len(recipes)

@@ -34,6 +34,7 @@ class Victor(Insertion):
 
     name: ClassVar[str] = "victor"
     paper: ClassVar[str] = "arXiv:2410.14072"
+    elastic: ClassVar[str] = "registers"
 
     registers: Annotated[int, Ge(0)] = 8
     layer: Layer = 3

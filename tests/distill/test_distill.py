@@ -234,6 +234,22 @@ def test_patience_stops_and_the_best_is_kept(teacher, tmp_path):
     assert done.report["steps"] == 3  # the first evaluation is the best; two more are not better
 
 
+def test_exit_routers_learn_which_questions_need_their_image(teacher, tmp_path):
+    """Separable labels are learned; the bias is set on held-out questions so that at least 95% of those that exit keep their answer."""
+    from foveate.distill_exit import _fit, threshold
+
+    done = train(teacher, tmp_path / "run", "exit-router{layers=[1,2],hidden=4}", steps=20)
+    assert set(done.report["layers"]) == {1, 2} and done.report["questions"] == 24
+    assert all(r["kept_answer"] is None or r["kept_answer"] >= 0.95 for r in done.report["layers"].values())
+    assert {n.rsplit(".", 1)[1] for n in read_weights(done.weights)} == {"first", "second", "bias"}
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    tensors = [torch.nn.Parameter(t) for t in (torch.randn(4, 6) * 0.4, torch.randn(1, 4) * 0.1, torch.zeros(1))]
+    losses = _fit(x, x[:, 0] > 0, *tensors, Settings(steps=150, lr=3e-2))
+    assert losses[-1] < 0.3 * losses[0]
+    assert threshold(torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([True, True, False, True])) == 1.5
+    assert threshold(torch.tensor([3.0, 2.0]), torch.tensor([False, True])) == 4.0
+
+
 # ---- the cache
 
 
