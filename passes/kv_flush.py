@@ -131,6 +131,7 @@ def _inputs(program: Program, entry: KVLayer) -> dict[str, Tensor]:
         like = query.meta["val"]
         found[f"q.{entry.layer}"] = torch.ones((SAMPLES, *(int(size) for size in like.shape[1:])), dtype=like.dtype)
         give(stage, f"q.{entry.layer}", query)
+        stage.module.recompile()
     return found
 
 

@@ -117,7 +117,7 @@ class MixedKV(StoreKV):
         always = (at < first + self.sinks) | (at > last_valid(valid) - self.recent)
         score = torch.where(pool, torch.where(always, float("inf"), score), float("-inf"))
         best = F.top_tokens(score, bound, budget) & pool
-        return valid & (~pool | best), bound + text, size if self.limit else size - bound
+        return valid & (~pool | best), bound + text, (size if self.limit else size - bound) + 1  # never none at all: a range needs a row
 
 
 def _masks(important: Tensor, index: Tensor | None, valid: Tensor, recent: int) -> tuple[Tensor, ...]:

@@ -90,7 +90,7 @@ class StoreKV(Pass):
 
         def store(x: Tensor, valid: Tensor, q: Tensor) -> tuple[Tensor, ...]:
             balance = kv_codecs.balance(x, valid, q if which == "k" else None) if which in part.balanced else None
-            state = kv_codecs.states(x, valid, part, which, self.widen(part), balance)
+            state = kv_codecs.states(x, valid, part, which, self.widen(part) if part.per(which) == "channel" else 1.0, balance)
             return kv_codecs.encode(x, state, part, which), *state
 
         made = splice(stage, output(stage), store, node, valid, q)

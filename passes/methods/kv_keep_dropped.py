@@ -158,7 +158,7 @@ def exact(program: Program) -> bool:
 
 def _room(keep: Tensor, kept: Tensor, ids: Tensor, features: Tensor, exact: bool) -> Any:
     """A bound on the tokens of keep[B, T] that are gone, of which kept[B, K] stay."""
-    return keep.shape[1] - (kept.shape[1] if exact else ids.shape[1] - features.shape[1])
+    return keep.shape[1] - (kept.shape[1] if exact else ids.shape[1] - features.shape[1]) + 1  # never none at all: a range needs a row
 
 
 def _split(k: Tensor, v: Tensor, keep: Tensor, kept: Tensor, index: Tensor | None, valid: Tensor, ids: Tensor, features: Tensor,
