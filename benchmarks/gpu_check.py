@@ -5,6 +5,7 @@
 1. numbers  a small random LLaVA: every stage of the eager target on the device, float32 / float16 / bfloat16, against float32 on the CPU
 2. speed    LLaVA-1.5-7B's geometry, random weights made on the device: prefill and decode, unreduced against drop-fastv, sdpa and torch.compile,
             next to the FLOP ratio of the cost model; peak memory
+3. kernel   the fused decode attention over int8, int4 and mixed caches (Triton): right, and its share of a copy's bandwidth (kv_kernel.py)
 
 Writes gpu_check.json and gpu_check.md into $OUT, or --out, or benchmarks/results. Exit code 1 when a bound is broken.
 """
@@ -298,6 +299,16 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+# -- 3. kernel
+
+
+def check_kernel(device: str, rounds: int) -> dict[str, Any]:
+    """`kv_kernel.measure`; where its kernels cannot run, the reason."""
+    from benchmarks import kv_kernel
+
+    return kv_kernel.measure(device, max(rounds, 5))
+
+
 # -- the record
 
 
@@ -341,7 +352,9 @@ def table(record: dict[str, Any]) -> str:
             f"| {mode} | {p['baseline']:.2f} -> {p['reduced']:.2f} | {m['prefill_speedup']:.2f}x | {m['share_of_ideal']:.0%} "
             f"| {d['baseline']:.2f} -> {d['reduced']:.2f} | {used} |"
         )
-    return "\n".join(lines) + "\n"
+    from benchmarks import kv_kernel
+
+    return "\n".join(lines) + "\n\n" + kv_kernel.table(record["kernel"])
 
 
 def check(device: str, geometry: str, numbers: str, seconds: float, rounds: int, compile_too: bool) -> dict[str, Any]:
@@ -351,8 +364,9 @@ def check(device: str, geometry: str, numbers: str, seconds: float, rounds: int,
     record = {"machine": machine(device), "visual": g.visual, "numbers": check_numbers(GEOMETRIES[numbers], device)}
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     record["speed"] = check_speed(g, device, dtype, start + seconds, rounds, compile_too)
+    record["kernel"] = check_kernel(device, rounds)
     record["seconds"] = round(time.monotonic() - start, 1)
-    record["ok"] = all(r["ok"] for r in record["numbers"])
+    record["ok"] = all(r["ok"] for r in record["numbers"]) and record["kernel"].get("right", True)  # a bandwidth below its goal is reported, not an error
     return record
 
 

@@ -23,11 +23,15 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...graph.kv_format import BITS
-from ...graph.ops.dequantize_kv import dequantize_kv as DEQUANTIZE
+from ...graph.ops.dequantize_fp8 import dequantize_fp8
+from ...graph.ops.dequantize_fsq import dequantize_fsq
+from ...graph.ops.dequantize_kv import dequantize_kv
 from ...graph.ops.kv_append import kv_append as APPEND
 from ...graph.ops.kv_held import kv_held as HELD
 from ...graph.ops.kv_mask import kv_mask as KV_MASK
-from ...graph.ops.quantize_kv import quantize_kv as QUANTIZE
+from ...graph.ops.quantize_fp8 import quantize_fp8
+from ...graph.ops.quantize_fsq import quantize_fsq
+from ...graph.ops.quantize_kv import quantize_kv
 from ...graph.program import KVLayer, Stage
 from ...graph.retype import fake_mode, reroute
 from ...graph.splice import splice
@@ -36,6 +40,8 @@ from ..precision import LARGEST
 
 aten = torch.ops.aten
 CODES = re.compile(r"(past_)?[kv]\.\d+(\.(?!scale$|center$|balance$)\w+)?")  # a partition's codes; its scales and centres have one more name
+DECODES = (dequantize_kv, dequantize_fp8, dequantize_fsq)  # (codes, scale, ..., block)
+ENCODES = (quantize_kv, quantize_fp8, quantize_fsq)  # (rows, scale, ..., block)
 HALF_MAX = LARGEST[torch.float16]
 POINTWISE = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
 
@@ -138,10 +144,8 @@ class _TokenMajor:
             return self._join(node, node.args[:2])
         if _is_join(node):
             return self._join(node, node.args[0])
-        if node.target is DEQUANTIZE:
-            return self._coded(node, node.args[1:3], node.args[3])
-        if node.target is QUANTIZE:
-            return self._coded(node, node.args[1:3], node.args[4])
+        if node.target in DECODES or node.target in ENCODES:
+            return self._coded(node)
         if node.target is aten.to.dtype and self._held(node):
             return self._with(node, (self._turned(node.args[0]), *node.args[1:]))
         if node.target in POINTWISE and self._held(node) and all(isinstance(a, Node) and _rank(a) == 4 for a in node.args[:2]):
@@ -153,25 +157,25 @@ class _TokenMajor:
         source = node
         while _is_cast(source):
             source = source.args[0]  # type: ignore[assignment]
-        made = source in self.leaves or source.target in (DEQUANTIZE, APPEND, *POINTWISE) or _is_join(source)
+        made = source in self.leaves or source.target in (*DECODES, APPEND, *POINTWISE) or _is_join(source)
         return source if made and (self._held(source) or source.target is APPEND or _is_join(source)) else node
 
     def _held(self, node: Any) -> bool:
         """Arithmetic over what is in the cache (a balance of channels, say), not how a new row came about."""
         if not isinstance(node, Node):
             return False
-        if node in self.leaves or node.target is DEQUANTIZE:
+        if node in self.leaves or node.target in DECODES:
             return True
         return node.target in (*POINTWISE, aten.to.dtype, aten.clamp.default) and any(self._held(a) for a in node.args[:2])
 
-    def _coded(self, node: Node, state: Sequence[Any], block: int) -> Node:
-        """(de)quantize_kv: its arithmetic broadcasts alike in both layouts, but for scales of blocks of tokens, which are spread first."""
-        rows = self._turned(node.args[0])
-        state = [None if s is None else self._turned(s) for s in state]
+    def _coded(self, node: Node) -> Node:
+        """Codes from rows, or rows from codes: arithmetic that broadcasts alike in both layouts, but for scales of blocks of tokens, which are
+        spread first."""
+        *operands, block = node.args
+        rows, *rest = [self._turned(a) if isinstance(a, Node) else a for a in operands]
         if block:
-            state = [None if s is None else self._spread(node, s, rows, block) for s in state]
-        tail = (0,) if node.target is DEQUANTIZE else (node.args[3], 0)
-        return self._with(node, (rows, *state, *tail))
+            rest = [self._spread(node, a, rows, block) if isinstance(a, Node) else a for a in rest]
+        return self._with(node, (rows, *rest, 0))
 
     def _spread(self, before: Node, state: Node, rows: Node, block: int) -> Node:
         return self._splice(before, spread_blocks, state, rows, block, like=before)

@@ -127,8 +127,8 @@ def _axis(node: Node, axis: int, axes: Mapping[str, Range]) -> Range | None:
         return axes["B"]
     if name.startswith(("past_k.", "past_v.", "past_pos.")):
         low, opt, high = axes["B" if axis == 0 else "P"]
-        several = any(n.startswith(f"past_k.{name.split('.')[1]}.") and is_codes(n) for n in _names(node))
-        return (0, opt, high) if axis and several else (low, opt, high)  # one of several partitions may hold nothing
+        aside = is_codes(name) and name.count(".") > 1  # a partition beside the appended one may hold nothing; were both empty, nothing would fuse
+        return (0, opt, high) if axis and aside else (low, opt, high)
     if (node.graph.owning_module is not None and name in ("pixel_values",)) or (axis == 0 and "input_ids" not in _names(node)):
         return axes["I"] if rank > 2 else _patches(node, axes)
     return axes["B"] if axis == 0 else axes["N"] if axis == 1 else None

@@ -118,7 +118,7 @@ class _TensorRT(Backend):
             return []
         said = f"{self.name}: {report.stage}: {'; '.join(report.unfused)}"
         if policy == "error":
-            raise LowerError(f"{said}. The cache would save memory and cost time; --option unfused=warn builds it all the same")
+            raise LowerError(f"{said}. Such a cache saves memory and costs time; --option unfused=warn builds it all the same")
         warnings.warn(said, stacklevel=3)
         return [said]
 

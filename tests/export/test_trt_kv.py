@@ -2,22 +2,30 @@
 proven fused in engines that are built without a GPU."""
 
 import dataclasses
+import json
 import warnings
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from helpers import toy
 from lowering import distance, engine, prompt, rollout
+from onnx import TensorProto, helper
 
 from foveate.export.artifact import Artifact
 from foveate.export.backends import find
+from foveate.export.backends._trt_build import Request
+from foveate.export.backends._trt_build import build as build_engine
 from foveate.export.backends._trt_cache import is_codes, pack, packed_bits, unpack
 from foveate.export.backends._trt_engine import TrtEngine
 from foveate.export.backends._trt_options import TrtOptions, axis_ranges
 from foveate.export.backends.trt import prepare, profile_shapes
 from foveate.export.engine_report import EngineReport, Kernel
 from foveate.export.errors import CacheFullError, LowerError
+from foveate.graph.capture import capture
+from foveate.graph.families._tiny import build
+from foveate.graph.families.base import REGISTRY
 from foveate.passes.pipeline import run
 from foveate.passes.recipe import load
 
@@ -29,6 +37,7 @@ RECIPES = {
     "zipcache": "kv-zipcache{recent=2,probes=2}",
     "mikv": "kv-mikv{recent=2}",
     "kivi": "kv-kivi{group=4,residual=8}",
+    "fp8": "kv-fp8",
 }
 
 
@@ -208,3 +217,90 @@ def test_an_unfused_plan_is_an_error_or_a_loud_remark():
         TrtOptions(unfused="maybe")
 
 
+
+
+# ** real engines, built without a GPU **
+
+
+@pytest.fixture(scope="module")
+def llava():
+    """A tiny llava of one layer: grouped queries, head width 16."""
+    torch.set_num_threads(1)
+    return capture(build(REGISTRY["llava"], 1).model)
+
+
+def engines(program, folder, stages=("decode",), **options):
+    """Reports of the engines of these stages."""
+    program.stages = {n: s for n, s in program.stages.items() if n in stages}
+    find("tensorrt-rtx").lower(program, folder, options)
+    return {e["stage"]: e for e in json.loads((folder / "reports/engines.json").read_text())["engines"]}
+
+
+MIXED = "kv-zipcache{hi=int8,lo=int4,important=0.3,recent=4,probes=4}"
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize(
+    ("recipe", "stages", "caches", "past"),
+    [
+        ("kv-int8", ("prefill", "decode"), 2, [1, -1, 2, 16]),
+        ("kv-int4", ("decode",), 2, [1, -1, 2, 8]),
+        (MIXED, ("decode",), 4, [1, -1, 2, 16]),
+    ],
+    ids=["int8", "int4", "mixed"],
+)
+def test_decode_engines_read_codes_inside_attention(llava, tmp_path, recipe, stages, caches, past):
+    """The default refuses a plan that does not, so that building is the proof; the report says it as well."""
+    found = engines(run(llava.clone(), load(recipe)), tmp_path, stages)
+    decode = found["decode"]
+    assert decode["fused_attention"] == 1 and decode["cache_copies"] == 0
+    assert decode["quantized_caches"] == caches and decode["unfused"] == []
+    assert decode["attention"] == f"1 x gemv_mha_v1 (vec8); reads {caches} quantized caches as they lie"
+    assert next(i["shape"] for i in decode["inputs"] if i["name"] == "past_k.0") == past
+    rows = {o["name"]: (o["dtype"], o["shape"]) for o in decode["outputs"] if o["name"].startswith("k.")}
+    assert rows == {"k.0": ("int8", [1, 1, *past[2:]])}, "the new row alone leaves the engine"
+    if "prefill" in found:
+        assert {o["name"]: o["dtype"] for o in found["prefill"]["outputs"]}["k.0"] == "int8" and found["prefill"]["fused_attention"] == 1
+
+
+def by_hand(fused, heads=8, groups=8, width=64):
+    """A decode attention over int8 codes with a scale per channel: the products spelt out, or ONNX's Attention behind the same arithmetic."""
+    nodes, half = [], TensorProto.FLOAT16
+    inputs = [helper.make_tensor_value_info("q", half, [1, heads, 1, width])]
+    for which in "kv":
+        inputs.append(helper.make_tensor_value_info(f"past_{which}.0", TensorProto.INT8, [1, "P", groups, width]))
+        inputs.append(helper.make_tensor_value_info(f"past_{which}.0.scale", half, [1, 1, groups, width]))
+        nodes += [
+            helper.make_node("Cast", [f"past_{which}.0"], [f"{which}1"], to=half),
+            helper.make_node("Mul", [f"{which}1", f"past_{which}.0.scale"], [f"{which}2"]),
+            helper.make_node("Transpose", [f"{which}2"], [which], perm=[0, 2, 1, 3]),
+        ]
+    if fused:
+        nodes.append(helper.make_node("Attention", ["q", "k", "v"], ["y"]))
+    else:
+        nodes += [
+            helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]),
+            helper.make_node("MatMul", ["q", "kt"], ["logits"]),
+            helper.make_node("Softmax", ["logits"], ["p"], axis=-1),
+            helper.make_node("MatMul", ["p", "v"], ["y"]),
+        ]
+    graph = helper.make_graph(nodes, "step", inputs, [helper.make_tensor_value_info("y", half, [1, heads, 1, width])])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("fused_op", [False, True], ids=["products", "attention-op"])
+def test_the_check_sees_a_known_unfused_form(fused_op, tmp_path):
+    """Attention as one operator behind a dequantization writes keys and values back first; the same arithmetic as products does not."""
+    onnx.save_model(by_hand(fused_op), str(tmp_path / "m.onnx"))
+    shapes = {"q": [(1, 8, 1, 64)] * 3}
+    for which in "kv":
+        shapes[f"past_{which}.0"] = [(1, rows, 8, 64) for rows in (1, 256, 2048)]
+        shapes[f"past_{which}.0.scale"] = [(1, 1, 8, 64)] * 3
+    trt = pytest.importorskip("tensorrt_rtx")
+    _, found = build_engine(trt, "tensorrt-rtx", Request("decode", tmp_path / "m.onnx", shapes, 1), TrtOptions(), "8.9")
+    assert found.fused == 1
+    if fused_op:
+        assert len(found.unfused) == 2 and all("dequantized to memory" in said and "__myl_" in said for said in found.unfused)
+    else:
+        assert found.unfused == []
