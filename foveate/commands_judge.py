@@ -325,10 +325,15 @@ def _write_outputs(found: _Found, junit: Path | None, metrics: Path | None, summ
                 ]
             ),
         )
+    broken = {side: [r for r in run.errors if r.kind == "model"] for side, run in (("baseline", found.baseline), ("candidate", found.candidate))}
+    for side, wrong in broken.items():
+        if wrong:
+            _line(False)(f"warning: {len(wrong)} items of the {side} gave no number (first: {wrong[0].id}: {wrong[0].error}); they count as wrong")
     if as_json:
         _json(
             {
                 **verdict.as_dict(),
+                "model_errors": {side: [r.id for r in wrong] for side, wrong in broken.items()},
                 "agreement": agreed.as_dict() if agreed else None,
                 "timing": found.timed.as_dict() if found.timed else None,
             }
