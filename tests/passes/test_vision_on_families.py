@@ -16,8 +16,10 @@ from transformers.vision_utils import get_vision_window_index
 from vision_cases import METHODS
 
 from foveate.export.to_onnx import to_onnx
-from foveate.graph.capture import capture
-from foveate.graph.families import REGISTRY
+from foveate.graph.capture import _vision, _vision_layer_path, capture
+from foveate.graph.families import REGISTRY, family_of
+from foveate.graph.families._hooks import attention_of, patched, split_known
+from foveate.graph.program import Facts, Program
 from foveate.graph.sites import site
 from foveate.graph.verify import verify
 from foveate.passes import taps
@@ -49,11 +51,20 @@ def family(name):
     for parameter in model.parameters():  # wide enough that attention decides
         if parameter.dim() > 1:
             parameter.data.mul_(8)
-    vision = None
+    adapter, example = family_of(model), None
     if name in SIZES:
         height, width = SIZES[name]
-        vision = {"pixel_values": torch.randn(1, 5, 3, 16, 16), "image_sizes": torch.tensor([[height, width]])}
-    return model, capture(model, vision=vision)
+        example = {"pixel_values": torch.randn(1, 5, 3, 16, 16), "image_sizes": torch.tensor([[height, width]])}
+    if name == "llava_next":
+        return model, capture(model, vision=example)
+    # the vision stage alone: the language model is not asked for
+    with attention_of(model), patched([(torch, "split", split_known(torch.split)), *adapter.patches(model)]), torch.no_grad():
+        given = adapter.vision_inputs(model, adapter.picture(example or adapter.vision_example(model, 2), 0))
+        stage = _vision(adapter, model, given)
+    facts = Facts(model_type=name, image_token_id=adapter.image_token_id(model), eos_token_ids=(0,), vocab_size=512, hidden_size=64, layers=1,
+                  layer_path="none", vision_layer_path=_vision_layer_path(stage), positions=adapter.positions(model), features=adapter.features_of(model),
+                  tokens_per_image=adapter.tokens_per_image(model), **adapter.vision_facts(model))
+    return model, Program({"vision": stage}, facts, [], example={"vision": dict(given.tensors)})
 
 
 def feed(program):
