@@ -14,6 +14,7 @@ import io
 import json
 import platform
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,6 +211,7 @@ def _mb(size: int | None) -> str:
 
 def _machine() -> list[tuple[str, str]]:
     return [
+        ("date", time.strftime("%Y-%m-%d %H:%M %Z")),
         ("python", platform.python_version()),
         ("platform", platform.platform()),
         ("processor", platform.processor() or platform.machine()),
