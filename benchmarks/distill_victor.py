@@ -123,7 +123,7 @@ def train(name: str, args: argparse.Namespace, program: Any, processor: Any) -> 
 
     text, more = CONFIGS[name]
     data = [source(i) for i in range(args.sources)]
-    told = {"last": 0.0}
+    told, resumed = {"last": 0.0}, (args.work / name / "state.pt").is_file()
     start = time.process_time()
 
     def say(stage: str, line: Any) -> None:
@@ -136,7 +136,7 @@ def train(name: str, args: argparse.Namespace, program: Any, processor: Any) -> 
     seconds = time.process_time() - start
     report = done.report
     kept = {k: report[k] for k in ("steps", "agreement", "rows", "held_out_questions", "parameters", "students")}
-    return {"recipe": done.recipe.read_text(encoding="utf-8"), "seconds_cpu": round(seconds, 1), "rows_seen": args.steps * 8, **kept,
+    return {"recipe": done.recipe.read_text(encoding="utf-8"), "seconds_cpu": None if resumed else round(seconds, 1), "rows_seen": args.steps * 8, **kept,
             **judge(str(done.recipe), done.weights, args.work, name, args.items)}
 
 
@@ -166,7 +166,7 @@ def table() -> str:
             drops = {k: base["slices"][k]["score"] - v["score"] for k, v in r["slices"].items()}
             worst = f"{max(drops, key=drops.get)} {100 * max(drops.values()):.1f}" if r is not base else ""
         agree = f"{100 * r['agreement']:.1f}" if "agreement" in r else ""
-        lines.append(f"| {r['name']} | {r.get('rows_seen', '')} | {r.get('seconds_cpu', '')} | {agree} | {100 * o['score']:.1f} | "
+        lines.append(f"| {r['name']} | {r.get('rows_seen', '')} | {r.get('seconds_cpu') or ''} | {agree} | {100 * o['score']:.1f} | "
                      f"{100 * o['low']:.1f} to {100 * o['high']:.1f} | {lost} | {worst} |")
     slices = sorted({k for r in rows for k in r["slices"]})
     lines += ["", f"Slices ({rows[0]['slices'][slices[0]]['n']} items each), accuracy in percent:", ""]

@@ -28,7 +28,7 @@ app = typer.Typer(
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
 
-DEFAULT_CODES = {"PassError": 2, "RunError": 2, "GraphError": 3, "LowerError": 3}  # where the phase did not say
+DEFAULT_CODES = {"PassError": 2, "RunError": 2, "GraphError": 3, "LowerError": 3, "DistillError": 2}  # where the phase did not say
 
 Model = Annotated[str, typer.Argument(help="model folder or hub id")]
 Folder = Annotated[Path, typer.Argument(help="artifact folder")]
@@ -46,6 +46,7 @@ def optimize(
     model: Model,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="artifact folder to write")] = None,
     recipe: RecipeOption = None,
+    weights: Annotated[str | None, typer.Option("--weights", "-w", help="the recipe's learned tensors, from foveate distill; initial = untrained")] = None,
     target: Annotated[str, typer.Option("--target", "-t", help="ort, tensorrt-rtx, tensorrt, eager, ...; see `foveate doctor`")] = "ort",
     set_: SetOption = None,
     option: OptOption = None,
@@ -80,6 +81,7 @@ def optimize(
                 chosen,
                 target=target,
                 output=output,
+                weights=weights,
                 dtype=dtype,
                 images=pictures,
                 text_tokens=text_tokens,
@@ -306,6 +308,10 @@ def dump(
 from .commands_judge import register as _judge  # noqa: E402  eval, gate, report, bisect
 
 _judge(app)
+
+from .commands_learn import register as _learn  # noqa: E402  distill, exits
+
+_learn(app)
 
 
 # -- small things

@@ -342,6 +342,28 @@ def test_an_optimized_model_needs_its_weights(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_the_command_line(tmp_path, capsys):
+    """distill on a data set's folder, then exits; a wrong setting is one sentence and exit code 2."""
+    from foveate.cli import execute
+
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = []
+    for i, (picture, questions) in enumerate(pictures(4)):
+        picture.save(data / f"{i}.png")
+        lines.append(json.dumps({"id": str(i), "images": [f"{i}.png"], "turns": [{"question": questions[i], "answer": "never read"}]}))
+    (data / "items.jsonl").write_text("\n".join(lines))
+    options = [x for k, v in TRAINING.items() for x in ("--option", f"{k}={v}")]
+    command = ["distill", str(checkpoints.tiny_llava()), "-r", "victor{registers=2,layer=1}", "--set", "layer=2", "-d", str(data), "-o", str(tmp_path / "run")]
+    assert execute([*command, *options, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["steps"] == 6 and Path(said["weights"]).is_file() and "layer: 2" in Path(said["recipe"]).read_text()
+    assert execute([*command, "--option", "stepz=1"]) == 2
+    assert "no setting 'stepz'" in capsys.readouterr().err
+    assert execute(["exits", str(checkpoints.tiny_llava()), "-d", str(data), "--limit", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["questions"] == 2
+
+
 def test_calibration_recommends_a_layer():
     from foveate.distill_calibrate import calibrate
 
