@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ..graph.kv_table import past_symbol
 from ..graph.program import Stage
-from . import onnx_math, onnx_shape  # noqa: F401  (fill the registry)
+from . import onnx_make, onnx_math, onnx_picture, onnx_reduce, onnx_shape  # noqa: F401  (fill the registry)
 from .errors import LowerError
 from .expand import expand
 from .onnx_builder import Builder, Emitter, nodes_within, onnx_type
