@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from ..artifact import Artifact
 
 WEIGHTS = "components/weights.safetensors"
+ATTENTIONS = ("reference", "sdpa", "triton")
 
 
 class Eager(Backend):
     """target "eager". options: device ("cpu", "cuda"), precision (float32, float16, bfloat16), attention ("reference" bodies, or
-    torch's "sdpa")."""
+    torch's "sdpa", or "triton": sdpa, and decode by the fused kernel over quantized caches)."""
 
     name = "eager"
     fuses = frozenset()
@@ -45,8 +46,12 @@ class Eager(Backend):
 
         settings = self.settings(options)
         found = []
-        if settings["attention"] not in ("reference", "sdpa"):
-            found.append(f"eager: attention={settings['attention']!r} is none of ['reference', 'sdpa']")
+        if settings["attention"] not in ATTENTIONS:
+            found.append(f"eager: attention={settings['attention']!r} is none of {list(ATTENTIONS)}")
+        if settings["attention"] == "triton":
+            from ..kernels.kv_attention import available
+
+            found += [f"eager: attention='triton': {why}" for why in [available()] if why]
         if str(settings["device"]).startswith("cuda") and not torch.cuda.is_available():
             found.append(
                 "eager: device 'cuda' was asked for and torch sees no CUDA device here; the artifact can be built with device 'cpu'"
@@ -166,13 +171,19 @@ class EagerEngine(Engine):
         self.device = torch.device(device or any_part["device"])
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise LowerError(f"eager: {artifact.path.name} was made for device {any_part['device']!r} and torch sees no CUDA device here")
-        replace = {torch.ops.foveate.attention.default: sdpa} if (attention or any_part["attention"]) == "sdpa" else {}
+        attention = attention or any_part["attention"]
         tensors = load_file(str(artifact.file(WEIGHTS)), device=str(self.device))
         self._know(artifact.manifest["kv"])
         self.modules: dict[str, Any] = {}
         self.names: dict[str, tuple[list[str], list[str]]] = {}
         for stage, part in self.parts.items():
+            fused = attention == "triton" and stage == "decode"
+            replace = {torch.ops.foveate.attention.default: sdpa} if attention != "reference" and not fused else {}
             module, inputs, outputs = from_json(json.loads(artifact.file(part["file"]).read_text()), tensors, self.device, replace)
+            if fused:
+                from ..kernels.fuse import fuse
+
+                fuse(module)
             self.modules[stage], self.names[stage] = module, (inputs, outputs)
 
     def _know(self, table: list[dict[str, Any]]) -> None:

@@ -4,15 +4,20 @@ import os
 
 import pytest
 import torch
+from helpers import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowering import distance, engine, prompt, rollout
 
 pytest.importorskip("triton", reason="the kernels are Triton: pip install 'foveate[triton]'")
 
 from foveate.export.errors import LowerError
 from foveate.export.kernels import kv_attention as kernel
+from foveate.export.kernels.fuse import attend_step
 from foveate.export.kernels.kv_attention import Partition, attend, flat, pieces_of, reference, rows_of
 from foveate.graph import ops  # noqa: F401
+from foveate.passes.pipeline import run
+from foveate.passes.recipe import load
 
 F = torch.ops.foveate
 CLOSE = 3e-6  # float32: the same sums in another order, over at most 300 rows of unit-sized values
@@ -157,3 +162,27 @@ def test_without_triton_or_a_gpu_it_says_so(monkeypatch):
     assert "torch sees no CUDA device" in kernel.available()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert kernel.available() == "the package triton is not installed; pip install 'foveate[triton]'"
+
+
+@pytest.mark.parametrize("recipe", ["kv-int8", "kv-zipcache{recent=2,probes=2}", "kv-kivi{group=4,residual=8}"])
+def test_the_eager_target_decodes_with_the_kernel(recipe, tmp_path):
+    """Same program, same prompts of unequal lengths: the fused kernel instead of dequantizing, in every layer."""
+    from foveate.export.backends.eager import EagerEngine
+
+    program = run(toy(2), load(recipe))
+    plain = engine(program, tmp_path / "plain", "eager")
+    fused = engine(program, tmp_path / "fused", "eager", attention="triton", device=DEVICE)
+    assert isinstance(fused, EagerEngine)
+    steps = [n for n in fused.modules["decode"].graph.nodes if n.target is attend_step]
+    assert len(steps) == 2 and not [n for n in fused.modules["decode"].graph.nodes if "foveate.attention" in str(n.target)]
+    feeds = prompt(program, 2, 6, 5, padding=2)
+    want, _ = rollout(program, plain, feeds, 3)
+    have, _ = rollout(program, fused, feeds, 3)
+    assert distance(have, want) <= 1e-4
+
+
+def test_what_the_kernel_cannot_say_stays(tmp_path):
+    """Balanced channels (kv-mikv) are multiplied behind the codes; the step still says the same."""
+    program = run(toy(2), load("kv-mikv{recent=2}"))
+    fused = engine(program, tmp_path, "eager", attention="triton", device=DEVICE)
+    assert not [n for n in fused.modules["decode"].graph.nodes if n.target is attend_step]
