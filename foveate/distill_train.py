@@ -164,7 +164,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW([{"params": p, "lr": r} for r, p in groups.items()], betas=settings.betas, weight_decay=settings.weight_decay)
         self.rates = list(groups)
         self.module: Any = Together(self.tensors, settings)
-        self.step, self.best, self.stale = 0, -1.0, 0
+        self.step, self.best, self.best_kl, self.stale = 0, -1.0, math.inf, 0
         self.accelerator = None
         if self.processes > 1:
             self.accelerator = _accelerator(settings)
@@ -274,8 +274,10 @@ class Trainer:
         return {"agreement": sum(right) / len(right), "held_out_kl": distance / answers}
 
     def _judge(self, found: Mapping[str, Any]) -> None:
-        better = found["agreement"] > self.best
-        self.best, self.stale = (found["agreement"], 0) if better else (self.best, self.stale + 1)
+        better = (found["agreement"], -found["held_out_kl"]) > (self.best, -self.best_kl)  # at equal agreement, the smaller distance
+        self.stale = 0 if better else self.stale + 1
+        if better:
+            self.best, self.best_kl = found["agreement"], found["held_out_kl"]
         if better and self.rank == 0:
             save_weights(self.tensors, self.folder / WEIGHTS, {"step": str(self.step), "agreement": f"{self.best:.4f}"})
 
@@ -284,7 +286,8 @@ class Trainer:
     def _save(self) -> None:
         if self.rank:
             return
-        state = {"step": self.step, "best": self.best, "stale": self.stale, "tensors": {n: t.detach().cpu() for n, t in self.tensors.items()},
+        state = {"step": self.step, "best": self.best, "best_kl": self.best_kl, "stale": self.stale,
+                 "tensors": {n: t.detach().cpu() for n, t in self.tensors.items()},
                  "optimizer": self.optimizer.state_dict(), "seed": self.settings.seed}
         partial = self.folder / f".{STATE}.part"
         torch.save(state, partial)
@@ -300,7 +303,7 @@ class Trainer:
                 for name, tensor in self.tensors.items():
                     tensor.copy_(state["tensors"][name])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
+            self.step, self.best, self.best_kl, self.stale = state["step"], state["best"], state["best_kl"], state["stale"]
             self.say({"step": self.step, "resumed": str(path)})
         if self.rank == 0:  # lines behind the checkpoint will come again
             lines = [l for l in self._lines() if l["step"] <= self.step]

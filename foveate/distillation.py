@@ -218,6 +218,6 @@ def _with(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def _name(recipe: Recipe) -> str:
-    told = [f"{s.rewrite.name}-{'-'.join(str(s.rewrite.parameters()[n]) for n in ('registers', 'layer') if n in s.rewrite.parameters())}".rstrip("-")
+    told = [f"{s.rewrite.name}-{'-'.join(str(s.rewrite.parameters()[n]) for n in ('registers', 'tokens', 'layer') if n in s.rewrite.parameters())}".rstrip("-")
             for s in recipe.steps]
     return "+".join(told)

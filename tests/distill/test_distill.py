@@ -173,10 +173,16 @@ def test_killed_and_resumed_gives_the_same_curve(teacher, tmp_path):
         assert torch.equal(tensor, read_weights(again.weights)[name])
 
 
-def test_accumulation_gives_the_same_curve(teacher, tmp_path):
+@pytest.fixture(scope="module")
+def batch_of_four(teacher, tmp_path_factory):
+    """The curve of one process and one part."""
+    return curve(train(teacher, tmp_path_factory.mktemp("one"), batch=4).folder)
+
+
+def test_accumulation_gives_the_same_curve(teacher, tmp_path, batch_of_four):
     """Parts are normalised by the whole batch; sums in another order differ by some 1e-7, six steps of Adam make that 1e-5."""
-    one, two = train(teacher, tmp_path / "one", batch=4), train(teacher, tmp_path / "two", batch=4, accumulate=2)
-    np.testing.assert_allclose([l for _, l in curve(one.folder)], [l for _, l in curve(two.folder)], rtol=2e-4)
+    two = train(teacher, tmp_path / "two", batch=4, accumulate=2)
+    np.testing.assert_allclose([l for _, l in batch_of_four], [l for _, l in curve(two.folder)], rtol=2e-4)
 
 
 WORKER = """
@@ -189,9 +195,8 @@ T.train(sys.argv[1], __import__("pathlib").Path(sys.argv[2]), batch=4)
 """
 
 
-def test_two_processes_give_the_curve_of_one(teacher, tmp_path):
+def test_two_processes_give_the_curve_of_one(teacher, tmp_path, batch_of_four):
     """Data parallel over accelerate (gloo on CPU). Tolerance 2e-4 of the loss: gradients are summed in another order, and Adam divides by their size."""
-    one = train(teacher, tmp_path / "one", batch=4)
     here = Path(__file__).resolve()
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(paths=[str(here.parent), str(here.parents[1]), str(here.parents[2])]))
@@ -201,7 +206,7 @@ def test_two_processes_give_the_curve_of_one(teacher, tmp_path):
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
     said = [w.communicate(timeout=240)[0] for w in workers]
     assert [w.returncode for w in workers] == [0, 0], "\n".join(said)
-    np.testing.assert_allclose([l for _, l in curve(one.folder)], [l for _, l in curve(tmp_path / "two")], rtol=2e-4)
+    np.testing.assert_allclose([l for _, l in batch_of_four], [l for _, l in curve(tmp_path / "two")], rtol=2e-4)
 
 
 def test_elastic_and_annealed_students_share_their_tensors(teacher, tmp_path):
@@ -212,6 +217,17 @@ def test_elastic_and_annealed_students_share_their_tensors(teacher, tmp_path):
     assert names[:3] == ["victor-2-2"] * 3 and set(names[3:]) == {"victor-2-1", "victor-4-1"}
     assert read_weights(done.weights)["learned.victor.registers"].shape == (4, 32)
     assert recipe.load(str(done.recipe)).steps[0].rewrite.table == 4
+
+
+def test_vision_side_insertions_are_trained_through_their_own_encoder(tmp_path):
+    """Fewer tokens per image than the teacher's, several numbers of them from one table; the loss falls and the engine takes the weights."""
+    done = train(tmp_path / "teacher", tmp_path / "run", "matryoshka-mix{tokens=4}, lora{rank=2}", elastic=[4, 9], steps=16, lr=2e-2)
+    losses = [loss for _, loss in curve(done.folder)]
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+    assert read_weights(done.weights)["learned.matryoshka-mix.weight"].shape == (1, 9, 16) and len(done.report["students"]) == 2
+    model = foveate.optimize_model(str(checkpoints.tiny_llava()), str(done.recipe), weights=done.weights, output=tmp_path / "artifact")
+    said = model.generate(pictures(1)[0][0], messages=[{"role": "user", "content": QUESTIONS[0]}], max_new_tokens=2)
+    assert said.layouts[0].visual == 4
 
 
 def test_stitching_runs_only_the_first_layers(teacher, tmp_path):

@@ -122,6 +122,28 @@ def test_a_blind_summary_does_not_depend_on_the_question():
     assert not torch.equal(*text[2])  # what they read there, text reads from them in layer 1
 
 
+def test_a_blind_summary_serves_many_questions():
+    """Prefill of picture and registers once; every question then goes through decode, token by token, and gives what a prefill of all gives."""
+    program = built("victor{registers=3,layer=2,question_blind=true}")
+    features = torch.randn(1, N, 4, generator=torch.Generator().manual_seed(7))
+    begin = [1, *[helpers.IMAGE] * N]
+
+    def prompt(tokens):
+        ids = torch.tensor([tokens])
+        return {"input_ids": ids, "image_features": features, "position_ids": torch.arange(len(tokens))[None], "attention_mask": torch.ones_like(ids)}
+
+    summary = program["prefill"].run(prompt(begin))
+    assert summary["kv_lengths"].tolist() == [[4]] * 3  # one text token, three registers, no visual row in any layer
+    new = [n for n in program["decode"].outputs if n != "logits"]
+    for question in ([2, 3, 4], [5], [7, 7, 1, 2]):
+        past, lengths = {f"past_{n}": summary[n] for n in new}, summary["kv_lengths"].clone()
+        for i, token in enumerate(question):
+            at = torch.tensor([[len(begin) + i]])
+            step = program["decode"].run({"input_ids": torch.tensor([[token]]), "position_ids": at, "lengths": lengths, **past})
+            past, lengths = {f"past_{n}": torch.cat([past[f"past_{n}"], step[n]], 2) for n in new}, lengths + 1
+        helpers.close(step["logits"], program["prefill"].run(prompt([*begin, *question]))["logits"], 3e-5)
+
+
 def test_eviction_changes_the_cache_and_not_the_answer():
     feed = helpers.feeds([1, 2, 0], [4, 3, 5], seed=6)
     kept, gone = (built(f"victor{{registers=2,layer=2,evict_summarised_kv={e}}}")["prefill"].run(feed) for e in ("false", "true"))
