@@ -388,7 +388,7 @@ def document(found: Table, count: int) -> str:
         "",
         METHOD.format(n=count, questions=sum(found.turns), depth=DEPTH, tokens=TOKENS, text=TEXT),
         "Accuracy by slice with intervals: [methods_slices.md](methods_slices.md). The record has one bit per question: "
-        "`benchmarks/results/testbed_table.jsonl`.",
+        "`benchmarks/results/testbed_table.jsonl`. What choosing costs: [methods_overhead.md](methods_overhead.md).",
         *sections(found),
         *notes(found),
     ]
@@ -490,25 +490,26 @@ def readme_section(found: Table, names: Sequence[str], count: int) -> str:
         "On the frontier: " + "; ".join(f"{i} `{n}`" for i, n in enumerate(names, 1)) + ".",
         "",
     ]
-    for section in (VISION, ORIGINAL, AVERAGE):
-        rows = [r for b in BUDGETS for r in found.of(section, b) if not r.control]
-        by = judged(rows)
-        if any(by.values()):
-            out += [f"- {section}: of {sum(map(len, by.values()))} configurations {len(by['better'])} beat the uniform control, {len(by['worse'])} lose to it, "
-                    f"{len(by[''])} cannot be told from it. " + _losers(rows)]
+    out += [f"- **{section[0].upper()}{section[1:]}.** {text}" for section in (ORIGINAL, VISION, AVERAGE) if (text := _places(found, section))]
     out += ["", renumbering(found), "", "Best at a budget of visual tokens per layer, on average: " + "; ".join(best(found)) + ".", "",
             "One small model, supervised CLS attention: see [docs/methods.md](docs/methods.md) for every figure, interval and slice, and for what is not",
             "measured."]
     return "\n".join(out)
 
 
-def _losers(rows: Sequence[Row]) -> str:
+def _places(found: Table, section: str) -> str:
+    """How many beat the uniform control at each budget, and the names of those that lose to it, worst first."""
     parts = []
     for budget in sorted(BUDGETS, reverse=True):
-        worse = judged([r for r in rows if r.config.budget == budget])["worse"]
-        if worse:
-            parts.append(f"at {percent(budget, 0)} {listed(worse)} points (most in {where_lost(worse, 2)})")
-    return ("Losing: " + "; ".join(parts) + ".") if parts else "None loses."
+        by = judged([r for r in found.of(section, budget) if not r.control])
+        total, worse = sum(map(len, by.values())), by["worse"]
+        if total:
+            names = list(dict.fromkeys(f"`{r.config.method}`" for r in worse))
+            gaps = list(dict.fromkeys(f"{100 * r.uniform.mean:+.0f}" for r in (worse[-1:] + worse[:1]) if r.uniform))
+            points = f" ({' to '.join(gaps)} points, most in {where_lost(worse, 2)})" if worse else ""
+            parts.append(f"{percent(budget, 0)}: of {total}, {len(by['better'])} better than the uniform control, {len(worse)} worse"
+                         + (f": {', '.join(names)}{points}" if worse else ""))
+    return ". ".join(parts) + "." if parts else ""
 
 
 def write(path: Path) -> None:
