@@ -1,6 +1,6 @@
 """What choosing tokens costs: the nodes that every reduction method adds, on ONNX Runtime, at 576 visual tokens.
 
-    python -m benchmarks.overhead [--methods prune-divprune ...] [--rounds 9] [--pairs 9]
+    python -m benchmarks.overhead [--methods prune-divprune ...] [--rounds 5] [--pairs 5]
 
 Per method, against encoder + prefill of the unreduced model (one thread, ratios within one run):
 
@@ -254,8 +254,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES], default="llava-like")
     parser.add_argument("--methods", nargs="*", choices=reducing, default=reducing)
-    parser.add_argument("--rounds", type=int, default=7, help="of profiling")
-    parser.add_argument("--pairs", type=int, default=7, help="paired runs; 0 leaves them out")
+    parser.add_argument("--rounds", type=int, default=5, help="of profiling")
+    parser.add_argument("--pairs", type=int, default=5, help="paired runs; 0 leaves them out")
     options = parser.parse_args()
     record = compare(SHAPES[options.shape], options.methods, options.rounds, options.pairs)
     record = {"date": datetime.date.today().isoformat(), "machine": machine(1), **record}
