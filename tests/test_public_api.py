@@ -48,5 +48,6 @@ def test_signatures():
     shared = ["dtype", "overrides", "processor", "images", "text_tokens", "overwrite", "golden", "progress", "options"]
     assert optimize == ["model", "recipe", "target", "output", "weights", *shared]
     generate = list(inspect.signature(foveate.Session.generate).parameters)
-    assert generate == ["self", "images", "prompt", "messages", "max_new_tokens", "streamer", "seed", "options"]
+    assert generate == ["self", "images", "prompt", "messages", "max_new_tokens", "streamer", "seed", "extra", "max_cache_tokens",
+                        "num_return_sequences", "options"]
     assert list(inspect.signature(foveate.load).parameters) == ["path", "verify"]
