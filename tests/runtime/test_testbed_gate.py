@@ -14,7 +14,8 @@ CHECKPOINT = ROOT / "examples" / "testbed" / "checkpoint"
 pytestmark = pytest.mark.skipif(not (CHECKPOINT / "model.safetensors").is_file(), reason="examples/testbed/checkpoint is not in this tree")
 ITEMS = 304  # sixteen of every slice; identity needs 285 to pass at a margin of one point
 
-# Passes that do what a bug would: positions of the decode stage that ignore a drop, and a cache that is scaled on its way in.
+# Passes that do what a bug would: positions of the decode stage that ignore a drop, a cache that is scaled on its way in, and an encoder whose
+# values are widened and narrowed again, which float32 does not feel and float16 cannot hold.
 PLANTED = '''
 """Bugs for the bisection to find."""
 
@@ -61,6 +62,29 @@ class WrongScale(Pass):
             scaled.meta["val"] = node.meta["val"] * self.by
             for reader in readers:
                 reader.replace_input_with(node, scaled)
+        stage.module.recompile()
+        return True
+
+
+@dataclass(frozen=True)
+class WideEncoder(Pass):
+    """vision: linear of one layer -> linear * by / by"""
+
+    by: float = 1e5
+    name = "wide-encoder"
+
+    def run(self, program):
+        stage = program["vision"]
+        node = [n for n in stage.graph.nodes if n.target is torch.ops.aten.linear.default][6]
+        last = node
+        for factor in (self.by, 1 / self.by):
+            with stage.graph.inserting_after(last):
+                made = stage.graph.call_function(torch.ops.aten.mul.Tensor, (last, factor))
+            made.meta["val"] = node.meta["val"] * factor
+            last = made
+        first = last.args[0]
+        for reader in [r for r in node.users if r is not first]:
+            reader.replace_input_with(node, last)
         stage.module.recompile()
         return True
 '''
@@ -152,12 +176,14 @@ def test_a_killed_gate_goes_on_to_the_same_numbers(work, capsys):
         ("drop-fastv{layer=6,keep=72}", None, None),
         ("drop-fastv{layer=6,keep=72}, wrong-positions", "2: wrong-positions", "decode.1.logits"),
         ("drop-fastv{layer=6,keep=72}, wrong-scale", "2: wrong-scale", "decode.1.logits"),
+        ("drop-fastv{layer=6,keep=72}, wide-encoder", "float16 (torch)", "vision.image_features"),
     ],
 )
 def test_bisect_names_the_planted_pass(work, recipe, culprit, tensor, capsys):
     plugin = str(work / "planted.py")
-    path = work / f"planted-{culprit}".replace(": ", "-")
-    assert execute(["optimize", str(CHECKPOINT), "-o", str(path), "-r", recipe, "--plugin", plugin, "-q"]) == 0
+    path = work / f"planted-{culprit}".replace(": ", "-").replace(" ", "-")
+    half = ["-t", "eager", "--option", "precision=float16", "--no-golden"] if "wide" in recipe else []
+    assert execute(["optimize", str(CHECKPOINT), "-o", str(path), "-r", recipe, "--plugin", plugin, "-q", *half]) == 0
     capsys.readouterr()
     data = work / "long"  # answers of several tokens: only they pass through decode
     data.mkdir(exist_ok=True)
@@ -167,7 +193,8 @@ def test_bisect_names_the_planted_pass(work, recipe, culprit, tensor, capsys):
         if json.loads(line)["slice"] in ("describe", "vtc_retrieve", "where")
     ]
     (data / "items.jsonl").write_text("\n".join(lines).replace('"images/', '"../data/images/'))
-    code = execute(["bisect", str(path), "-m", str(CHECKPOINT), "-d", str(data), "--limit", "12", "--plugin", plugin, "--json", "-q"])
+    code = execute(["bisect", str(path), "-m", str(CHECKPOINT), "-d", str(data), "--limit", "12" if not half else "4", "--plugin", plugin, "--json", "-q"])
     found = json.loads(capsys.readouterr().out)["culprit"]
     assert code == (0 if culprit is None else 1)
     assert (found and found["name"]) == culprit and (found and found["tensor"]) == tensor
+    assert not half or ("NaN or infinite" in found["reason"] and found["operation"].startswith("mul"))
