@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from foveate.passes.base import Pass, discover
+from foveate.passes.insert import Insertion
 from foveate.passes.recycle import clusters
 from foveate.passes.reduce import Reduce
 from foveate.passes.vision_select import VisionReduce
@@ -274,8 +275,9 @@ def others() -> Iterator[Config]:
 
 
 def reductions() -> dict[str, type[Pass]]:
-    """The token-reduction methods that discovery finds."""
-    return {n: c for n, c in discover().items() if issubclass(c, (Reduce, VisionReduce)) or n.startswith(PREFIXES)}
+    """The training-free token-reduction methods that discovery finds; insertions are trained and have benchmarks of their own."""
+    found = {n: c for n, c in discover().items() if issubclass(c, (Reduce, VisionReduce)) or n.startswith(PREFIXES)}
+    return {n: c for n, c in found.items() if not issubclass(c, Insertion)}
 
 
 def before_llm(kind: type[Pass]) -> bool:
