@@ -52,8 +52,6 @@ def shares(session: Any, run: Callable[[], Any], rounds: int = ROUNDS) -> dict[s
 @contextmanager
 def _profiled(session: Any, sessions: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
     """The engine with sessions of vision and prefill that keep a profile; as before afterwards."""
-    import onnxruntime
-
     plain = {stage: sessions[stage] for stage in ("vision", "prefill") if stage in sessions}
     made = {}
     try:
@@ -61,7 +59,7 @@ def _profiled(session: Any, sessions: dict[str, Any], folder: Path) -> Iterator[
             options = old.get_session_options()
             options.enable_profiling, options.profile_file_prefix = True, str(folder / stage)
             file = session.path / session.manifest["components"][stage]["file"]
-            made[stage] = sessions[stage] = onnxruntime.InferenceSession(str(file), options, providers=old.get_providers())
+            made[stage] = sessions[stage] = type(old)(str(file), options, providers=old.get_providers())
             options.enable_profiling = False
         yield made
     finally:
