@@ -19,6 +19,7 @@ from ..graph.splice import splice
 from ..graph.stage import sweep
 from .base import PassError
 from .vision_place import find_place
+from .vision_positions import number
 
 ATTENTION = torch.ops.foveate.attention.default
 aten = torch.ops.aten
@@ -126,7 +127,8 @@ def _product(value: Tensor, axis: int) -> str:
 def finish(program: Program, features: Node, kept: Node, order: bool = True) -> None:
     """After the last change: `kept`[images, K], the patch that each token before the projector stands for (-1: none), becomes an output.
 
-    order: put the tokens in the order of those patches (tokens without patch last), so that the language model reads them as a picture.
+    order: put the tokens in the order of those patches (tokens without patch last) and at their positions, so that the language model reads
+    them as a picture.
     """
     stage = program["vision"]
     retype(stage)
@@ -146,3 +148,4 @@ def finish(program: Program, features: Node, kept: Node, order: bool = True) -> 
     retype(stage)
     stage.module.recompile()
     program.facts = replace(program.facts, features_per_image=count)
+    number(program, original=order)

@@ -19,6 +19,7 @@ from .base import Pass
 from .select import SHARE, Keep
 from .vision_place import Place, external, find_place
 from .vision_plan import Plan, best, grouped, groups, per_image
+from .vision_positions import number
 from .vision_signals import EXTERNAL, Attention, Signals
 
 F = torch.ops.foveate
@@ -33,8 +34,8 @@ class VisionReduce(Pass):
     rewrite:
         x[images, n, Dv] -> projector  =>  plan.apply(x)[images, keep, Dv] -> projector
 
-    keep: tokens per image (int), or a share in (0, 1], rounded up. The prefill sees a shorter image: its graph does not change, positions
-    are compact.
+    keep: tokens per image (int), or a share in (0, 1], rounded up. The prefill sees a shorter image: its graph does not change. Kept tokens
+    stay at their original positions (`vision_positions`); mode parity and `renumber-positions` number them anew, as published code does.
     A method overrides `plan`; `reads` names the signals it wants (see vision_signals). What they cannot be had from is refused by name;
     `text`
     and `saliency` become inputs of the vision stage, listed in facts.vision_extra, so that a runtime supplies or refuses them by name.
@@ -77,6 +78,7 @@ class VisionReduce(Pass):
         self.check(program, place, count)
         self._rewrite(program, place, count)
         program.facts = replace(program.facts, features_per_image=count, tokens_per_image=program.facts.tokens_per_image or place.n)
+        number(program, original=getattr(self, "mode", "fixed") == "fixed")
         return True
 
     def budget(self, n: int, grid: tuple[int, int] | None) -> int:

@@ -96,7 +96,7 @@ def lay_out(
     """Give every image as many tokens as the vision stage returned rows for it (`rows`), and number the positions.
 
     A pass before the LLM returns fewer rows than the processor wrote placeholders: the surplus placeholders go. linear: positions are
-    numbered anew, as the published methods do, or (`original` in the rule, pass keep-positions) as for mrope: a kept token stays where it
+    numbered anew, as the published methods do, or (`original` in the rule, what passes ask for) as for mrope: a kept token stays where it
     was on the picture (`kept`: per image the indices of its rows, -1 = the last), the text where it was.
     """
     ids = position_ids(len(tokens), groups, grids, rule)
