@@ -195,7 +195,8 @@ def test_layers_may_have_formats_of_their_own():
 
 
 @pytest.mark.parametrize(("recipe", "store"), [
-    ("drop-pyramid{layers=[1,2],keeps=[4,2]}", "kv-zipcache{sinks=0,recent=1}"), ("drop-must-drop{layers=[1,2],keeps=[0.5,0.5]}", "kv-kivi{group=2,residual=2}"),
+    ("drop-pyramid{layers=[1,2],keeps=[4,2]}", "kv-zipcache{sinks=0,recent=1}"),
+    ("drop-must-drop{layers=[1,2],keeps=[0.5,0.5]}", "kv-kivi{group=2,residual=2}"),
     ("drop-fastv{layer=1,keep=3},evict-dropped", "kv-int4"), ("drop-fastv{layer=1,keep=3}", "evict-h2o{sinks=0,recent=1},kv-int8")])
 def test_formats_come_behind_token_reduction(recipe, store):
     """The prompt's logits are those of the reduction alone; the cache holds the reduced rows, all of them, once."""
