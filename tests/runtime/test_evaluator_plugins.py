@@ -1,7 +1,8 @@
 """The lmms-eval model and the VLMEvalKit class.
 
 `[installed]` runs against the package that is installed and is skipped where it is not; `[documented]` against a stand-in with the names of its
-documentation, always. Seen passing against lmms-eval 0.7.3 and VLMEvalKit 0.2rc1 of 2026-08-18.
+documentation, always. Seen 2026-11-21: `[installed]` passes with lmms-eval 0.7.3. VLMEvalKit is in no registry and its import chain did not
+install whole; its own vlm/base.py and smp (0.2rc1, 2026-08-18) ran our class by hand, with its dataset package replaced.
 """
 
 import importlib
