@@ -20,9 +20,9 @@ DEPTH, TOKENS = 8, 144
 BUDGETS = {0.25: 36, 0.5: 72, 0.11: 16, 0.06: 9}  # in the order in which they are measured
 SEEDS = (0, 1)
 NONE = "none"
-VISION, ORIGINAL = "before the LLM, positions renumbered", "before the LLM, original positions"
+RENUMBERED, ORIGINAL = "before the LLM, positions renumbered", "before the LLM, original positions"
 AVERAGE, CUT_2, CUT_4, OTHER = "inside, by average", "inside, behind layer 2", "inside, behind layer 4", "presets and others"
-SECTIONS = (VISION, ORIGINAL, AVERAGE, CUT_2, CUT_4, OTHER)
+SECTIONS = (ORIGINAL, RENUMBERED, AVERAGE, CUT_2, CUT_4, OTHER)
 CUTS = {CUT_2: 2, CUT_4: 4}
 CONTROLS = ("prune-uniform", "prune-random", "drop-uniform", "drop-random")
 
@@ -141,7 +141,7 @@ def before(budget: float, *more: str) -> dict[str, object]:
 
 def vision(name: str, budget: float, section: str) -> Iterator[Config]:
     """One configuration per budget, or several where a method has variants worth telling apart."""
-    K, more = BUDGETS[budget], ("keep-positions",) if section == ORIGINAL else ()
+    K, more = BUDGETS[budget], ("renumber-positions",) if section == RENUMBERED else ()
 
     def made(text: str, label: str = "", extra: str = "", notes: tuple[str, ...] = ()) -> Config:
         return Config(name, recipe(text, *more), section, budget, **before(budget, *more), label=label, extra=extra, notes=notes)  # type: ignore[arg-type]
@@ -293,7 +293,7 @@ def plan() -> list[Config]:
     for budget in BUDGETS:
         for name in names:
             if before_llm(found[name]):
-                out += [c for section in (VISION, ORIGINAL) for c in vision(name, budget, section)]
+                out += [c for section in (ORIGINAL, RENUMBERED) for c in vision(name, budget, section)]
             elif issubclass(found[name], Reduce):
                 out += inside(name, budget, found[name])
         out += [c for c in others() if (c.budget or 0.5) == budget]

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.measure import alternate, machine, ratio
-from benchmarks.testbed_configs import NONE, ORIGINAL, plan
+from benchmarks.testbed_configs import NONE, RENUMBERED, plan
 from benchmarks.testbed_table import Bench, Line, Reader, RecordError, append, read, revision
 
 STEPS = 8  # decode steps per timing
@@ -64,9 +64,9 @@ def stage_times(this: Stages, none: Stages, rounds: int) -> dict[str, Any]:
 def wanted(done: dict[str, Line], commit: str) -> list[tuple[str, str]]:
     """(recipe, outside input) of every measured configuration without a latency of this commit
 
-    Random controls cost what the uniform ones cost, and keep-positions runs the graphs of the recipe without it.
+    Random controls cost what the uniform ones cost, and renumber-positions runs the graphs of the recipe without it.
     """
-    configs = {NONE: "", **{c.recipe: c.extra for c in plan() if not c.method.endswith("-random") and c.section != ORIGINAL}}
+    configs = {NONE: "", **{c.recipe: c.extra for c in plan() if not c.method.endswith("-random") and c.section != RENUMBERED}}
     return [(r, e) for r, e in configs.items() if r in done and done[r].right and (done[r].latency or {}).get("commit") != commit]
 
 

@@ -22,10 +22,10 @@ from benchmarks.testbed_configs import (
     NONE,
     ORIGINAL,
     OTHER,
+    RENUMBERED,
     SECTIONS,
     TOKENS,
     UNMEASURED,
-    VISION,
     Config,
     plan,
     unplanned,
@@ -36,7 +36,7 @@ from foveate.runtime.stats import Differences, interval, wilson
 DOCS = ROOT / "docs"
 START, END = "<!-- accuracy: start -->", "<!-- accuracy: end -->"
 LEVEL = 0.95
-RENUMBERED = ", keep-positions"
+RENUMBER = ", renumber-positions"
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def flops(line: Line) -> int:
 
 def latency(found: Table, line: Line) -> dict[str, Any] | None:
     """A recipe that only keeps positions runs the same graphs as the one without."""
-    return (found.done.get(line.recipe.replace(RENUMBERED, "")) or line).latency
+    return (found.done.get(line.recipe.replace(RENUMBER, "")) or line).latency
 
 
 def first_token(found: Table, line: Line) -> float | None:
@@ -240,7 +240,7 @@ def renumbering(found: Table) -> str:
     """What original positions are worth at the vision side: the same tokens, the same graphs."""
     parts = []
     for budget in sorted(BUDGETS, reverse=True):
-        both = {(r.config.method, r.config.label): r for r in found.of(VISION, budget)}
+        both = {(r.config.method, r.config.label): r for r in found.of(RENUMBERED, budget)}
         pairs = [(r, both[key]) for r in found.of(ORIGINAL, budget) if (key := (r.config.method, r.config.label)) in both]
         if pairs:
             gains = [a.accuracy - b.accuracy for a, b in pairs]
@@ -248,7 +248,8 @@ def renumbering(found: Table) -> str:
             parts.append(f"{percent(budget, 0)} kept: {100 * np.mean(gains):+.1f} on average ({spread})")
     if not parts:
         return ""
-    return ("Positions: the same tokens at their original positions (`keep-positions`) instead of renumbered ones, as published vision-side code has them: "
+    return ("Positions: the same tokens at their original positions, the default, instead of renumbered ones, as published vision-side code has them "
+            "(`renumber-positions`): "
             + "; ".join(parts) + " points.")
 
 
@@ -302,8 +303,8 @@ def line_of(found: Table, r: Row) -> str:
 def sections(found: Table) -> list[str]:
     out: list[str] = []
     about = {
-        VISION: "Fewer tokens enter the language model and are numbered 0, 1, 2, ... anew, as the published code does.",
-        ORIGINAL: "The same tokens at the positions that they had in the whole prompt (`keep-positions`); the graphs and costs are those above.",
+        RENUMBERED: "The same tokens numbered 0, 1, 2, ... anew (`renumber-positions`), as the published code does; the graphs and costs are those above.",
+        ORIGINAL: "Fewer tokens enter the language model, at the positions that they had in the whole prompt.",
         AVERAGE: f"As many executed visual tokens per layer, on average over {DEPTH} layers, as the budget says. Methods that read attention cannot cut before "
         "layer 1, so an average of 12.5% is their floor: 11 and 6% are out of their reach, exits aside.",
         OTHER: "Published schedules scaled from 32 layers, methods without a budget, and combinations.",
@@ -422,9 +423,9 @@ def slices_document(found: Table) -> str:
 # -- picture
 
 
-COLORS = {VISION: "#d95f02", ORIGINAL: "#1b6ca8", AVERAGE: "#2a9d4a", OTHER: "#8e5aa8"}
-MARKS = {VISION: "o", ORIGINAL: "^", AVERAGE: "s", OTHER: "D"}
-LEGEND = {VISION: "before the LLM, renumbered", ORIGINAL: "before the LLM, original positions", AVERAGE: "inside the LLM", OTHER: "presets, combinations"}
+COLORS = {RENUMBERED: "#d95f02", ORIGINAL: "#1b6ca8", AVERAGE: "#2a9d4a", OTHER: "#8e5aa8"}
+MARKS = {RENUMBERED: "o", ORIGINAL: "^", AVERAGE: "s", OTHER: "D"}
+LEGEND = {RENUMBERED: "before the LLM, renumbered", ORIGINAL: "before the LLM, original positions", AVERAGE: "inside the LLM", OTHER: "presets, combinations"}
 
 
 def picture(found: Table, path: Path) -> list[str]:
@@ -490,7 +491,7 @@ def readme_section(found: Table, names: Sequence[str], count: int) -> str:
         "On the frontier: " + "; ".join(f"{i} `{n}`" for i, n in enumerate(names, 1)) + ".",
         "",
     ]
-    out += [f"- **{section[0].upper()}{section[1:]}.** {text}" for section in (ORIGINAL, VISION, AVERAGE) if (text := _places(found, section))]
+    out += [f"- **{section[0].upper()}{section[1:]}.** {text}" for section in (ORIGINAL, RENUMBERED, AVERAGE) if (text := _places(found, section))]
     out += ["", renumbering(found), "", "Best at a budget of visual tokens per layer, on average: " + "; ".join(best(found)) + ".", "",
             "One small model, supervised CLS attention: see [docs/methods.md](docs/methods.md) for every figure, interval and slice, and for what is not",
             "measured."]

@@ -80,6 +80,7 @@ class Line:
     commit: str = ""
     date: str = ""
     versions: dict[str, Any] = dataclasses.field(default_factory=dict)
+    was: str = ""  # the recipe as it was called at that commit, where passes have changed their defaults since
     latency: dict[str, Any] | None = None
 
 
