@@ -240,10 +240,11 @@ def theirs(bench: Bench) -> dict[str, Callable[[], Theirs] | str]:
             return lambda: Theirs(bench, lambda model: QuantizedCache("quanto", model.config.get_text_config(), nbits=nbits))
 
         found |= {"quanto 4 bit": quantized(4), "quanto 2 bit": quantized(2)}
-    if find_spec("kvpress") is None:
-        found |= dict.fromkeys(("kvpress snapkv", "kvpress knorm"), "kvpress is not installed")
-    else:
+    try:
         import kvpress
+    except ImportError as cause:
+        found |= dict.fromkeys(("kvpress snapkv", "kvpress knorm"), f"kvpress cannot be imported: {cause}")
+    else:
         from transformers import DynamicCache
 
         def pressed(kind: str, **options: Any) -> Callable[[], Theirs]:
