@@ -38,6 +38,9 @@ class Bypass(Reduce):
         if self.layers and max(self.layers) >= (last := max(layers(program["prefill"], program.facts.layer_path))):
             raise self.fail(f"layer {max(self.layers)} has no layer behind it where tokens could rejoin; "
                             f"the last that can be bypassed is {last - 1}")
+        if both := [layer for layer in self.layers if layer - 1 in self.layers]:
+            raise self.fail(f"layer {both[0]} chooses by the attention of layer {both[0] - 1}, which is bypassed too and sees only some tokens; "
+                            "leave a layer between them")
         return super().run(program)
 
     def schedule(self) -> tuple[tuple[int, Keep], ...]:

@@ -27,8 +27,8 @@ class BypassVision(Pass):
         stays = CLS and top(score, keep n);  x[images, T, D] -> scatter_tokens(x, layer(keep_tokens(x, stays)), stays)
 
     Liu et al., "Revisiting Token Pruning for Object Detection and Instance Segmentation" (WACV 2024): dense outputs keep every token. The published
-    selector is a trained two-logit MLP per layer with a rate per picture; here the score is the attention of the layer before (of its CLS token, else
-    what a token receives) and the rate is fixed: 0.7, 0.49, 0.343 over three groups of layers.
+    selector is a trained two-logit MLP per layer with a rate per picture; here the score is the attention of the last layer that all patches went
+    through (of its CLS token, else what a token receives) and the rate is fixed: 0.7, 0.49, 0.343 over three groups of layers.
     One mode: the published selector needs its trained weights, so there is nothing to be in parity with.
     """
 
@@ -53,7 +53,8 @@ class BypassVision(Pass):
     def _bypass(self, program: Program, layer: int, keep: float) -> None:
         stage, cls, pattern = program["vision"], int(program.facts.has_cls), re.compile(program.facts.vision_layer_path)
         first, x = entry(program, layer, self.fail)
-        before = attention_in(program, layer - 1, self.fail)
+        seen = max(i for i in range(layer) if i not in self.layers)  # what went through a bypassed layer is not all there is
+        before = attention_in(program, seen, self.fail)
         inside = [n for n in stage.graph.nodes if n.op == "call_function" and layer_of(n, pattern) == layer]
         out = [n for n in inside if any(u not in inside for u in n.users)]
         if len(out) != 1 or x.meta["val"].shape != out[0].meta["val"].shape:

@@ -48,6 +48,7 @@ def test_pyramid_reads_the_attention_of_the_layer_it_cuts_at():
     ("drop-pyramid{layers=[2,1],keeps=[0.5,0.2]}", r"drop-pyramid: layers must ascend, got \[2, 1\]"),
     ("drop-pyramid{layers=[1,2],keeps=[0.2,0.5]}", r"drop-pyramid: keeps must not grow, got \[0.2, 0.5\]"),
     ("bypass-mod{layers=[2],keep=0.5}", "bypass-mod: layer 2 has no layer behind it .*; the last that can be bypassed is 1"),
+    ("bypass-mod{layers=[0,1],keep=0.5}", "bypass-mod: layer 1 chooses by the attention of layer 0, which is bypassed too .*; leave a layer between them"),
     ("exit-vision{layer=auto}", "exit-vision: layer: auto is a question to data: `foveate exits"),
     ("drop-zip-vl{layers=[0],keeps=[0.5]}", "drop-zip-vl: reads the attention before layer 0, .*the first layer it can cut at is 1"),
 ])

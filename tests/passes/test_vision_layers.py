@@ -131,6 +131,20 @@ def test_objects_enter_the_tower_alone():
     np.testing.assert_allclose(got.detach().numpy(), want, rtol=1e-3, atol=1e-3)
 
 
+def test_layers_bypassed_in_a_row_choose_by_the_last_whole_attention():
+    """The second takes the best of the first, since both read the same scores; alone it would read other ones."""
+    program, images = towers.tower(layers=4), pixels(2)
+    assert make("bypass-vision", {"layers": (1, 2), "keep": (0.7, 0.4)}).run(program)
+    verify(program)
+    got = towers.run(program, images)
+    first, second = (got[f"kept.vision_layer{i}"] for i in (1, 2))
+    assert first.shape == (2, 10) and second.shape == (2, 6)
+    assert all(set(b.tolist()) < set(a.tolist()) for a, b in zip(first, second, strict=True))
+    alone = towers.tower(layers=4)
+    make("bypass-vision", {"layers": (1,), "keep": (0.4,)}).run(alone)
+    assert torch.equal(towers.run(alone, images)["kept.vision_layer1"], second)
+
+
 def test_schedules_of_tome():
     assert MergeToMe(r=4).schedule(3) == [4, 4, 4]
     assert MergeToMe(r=4, inflect=-1.0).schedule(5) == [8, 6, 4, 2, 0]
