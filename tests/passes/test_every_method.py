@@ -79,6 +79,18 @@ def test_shortens_what_it_says_and_nothing_else(method):
     assert program.facts.min_visual == 2
 
 
+def test_gathering_early_changes_no_number(any_method):
+    """The shipped recipes do it behind every cut; methods that read or recycle what is dropped must be left alone where they do."""
+    feed = helpers.feeds([1, 2, 1], [4, 2, 5], seed=5)
+    early = reduced(any_method, 3).clone()
+    make("gather-early").run(early)
+    verify(early)
+    want, got = reduced(any_method, 3)["prefill"].run(feed), early["prefill"].run(feed)
+    assert list(got) == list(want)
+    for name, value in want.items():
+        helpers.close(got[name], value)
+
+
 def test_a_share_is_a_symbolic_budget(method):
     out = reduced(method, 0.25)["prefill"].run(helpers.feeds([1, 2, 0], [4, 2, 5]))
     more = [extra(method, 4), extra(method, 9), 0]  # ceil(6 / 4) = 2, ceil(12 / 4) = 3
