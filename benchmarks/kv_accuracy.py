@@ -276,7 +276,7 @@ def speed(ours: Ours, other: Theirs, asks: list[Ask], rounds: int = 3) -> dict[s
 
 def line(right: np.ndarray, base: np.ndarray, made: Any, seconds: float) -> dict[str, Any]:
     low, high = interval(Differences.of(right.astype(float) - base), 0.975)
-    w = wilson(float(right.mean()), len(right), 0.95)
+    w = wilson(float(right.sum()), len(right), 0.95)
     fp16, fp32 = (float(np.mean([b[i] for b in made.bytes])) for i in (0, 1))
     points = {"difference": right.mean() - base.mean(), "low": low, "high": high}
     return {
