@@ -33,6 +33,7 @@ class MixedKV(StoreKV):
 
     text: only visual tokens are demoted, and the share is of them; false: of all tokens. sinks, recent: the first and last tokens of the
     prompt rank before all others. A sliding-window layer keeps every row as `hi`: its rows are known by their places.
+    margin: how much wider than the prompt's range the ranges per channel of appended codes are (see UniformKV).
     streaming_gap: 0 = what is generated is `hi` at once. Else it is float (and the prompt's last `recent` tokens with it) until so many tokens
     wait; a flush then divides them into `hi` and `lo` by what the newest query gives them. A row is quantized once.
     """
@@ -44,6 +45,7 @@ class MixedKV(StoreKV):
     sinks: Annotated[int, Ge(0)] = 4
     recent: Annotated[int, Ge(0)] = 16
     streaming_gap: Annotated[int, Ge(0)] = 0
+    margin: Annotated[float, Ge(1)] = 1.4
 
     limit: ClassVar[Callable[..., Tensor] | None] = None  # a method's own: (self, **taps) -> [B], how many tokens the data ask for
 
@@ -75,7 +77,7 @@ class MixedKV(StoreKV):
         return Partition(LO, self.lo, centred=self.lo not in ("float", "int8", "fp8"))
 
     def widen(self, part: Partition) -> float:
-        return 1.25 if not part.name and part.code == "int8" else 1.0
+        return 1.0 if part.name else self.margin
 
     def prefill(self, program: Program, entry: KVLayer, parts: tuple[Partition, ...]) -> None:
         if len(parts) == 1:

@@ -1,7 +1,9 @@
 """Keys and values in 4 bits, one scale and centre per channel."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge
 
 from ..kv_uniform import UniformKV
 
@@ -21,3 +23,4 @@ class KVInt4(UniformKV):
     code: ClassVar[str] = "int4"
 
     centred: bool = True
+    margin: Annotated[float, Ge(1)] = 1.4

@@ -20,4 +20,4 @@ class KVInt8(UniformKV):
     name: ClassVar[str] = "kv-int8"
     code: ClassVar[str] = "int8"
 
-    margin: Annotated[float, Ge(1)] = 1.25
+    margin: Annotated[float, Ge(1)] = 1.4

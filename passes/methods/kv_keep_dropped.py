@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.fx import Node
 
@@ -49,6 +50,7 @@ class KVKeepDropped(StoreKV):
 
     hi: Code = "int8"
     lo: Code = "int4"
+    margin: Annotated[float, Ge(1)] = 1.4
 
     def partitions(self, entry: KVLayer) -> tuple[Partition, ...]:
         return (self.part("", self.hi), *(() if entry.window else (self.part(LO, self.lo),)))
@@ -57,7 +59,7 @@ class KVKeepDropped(StoreKV):
         return Partition(name, code, centred=code not in ("float", "int8", "fp8"))
 
     def widen(self, part: Partition) -> float:
-        return 1.25 if not part.name and part.code == "int8" else 1.0
+        return 1.0 if part.name else self.margin
 
     def run(self, program: Program) -> bool:
         if not cuts(program):

@@ -44,7 +44,7 @@ def halves(prompt, score, share, sinks=4, recent=16, limit=None):
 
 def zipcache(layer, prompt):
     got, seen = probed(prompt, 32)
-    return Kept(prompt, list(halves(prompt, got / seen, 0.6, 2, 2)), [pair("int4", True), pair("int2", True)])
+    return Kept(prompt, list(halves(prompt, got / seen, 0.6, 2, 2)), [pair("int4", True, 1.4), pair("int2", True)])
 
 
 def streaming(layer, prompt):
@@ -58,14 +58,14 @@ def mikv(layer, prompt):
     w = np.sqrt(np.maximum(np.maximum(np.abs(prompt.k[mask]).max(0), 1e-3) / np.maximum(np.abs(prompt.q).max(0), 1e-3), 0)) \
         if (mask := halves(prompt, prompt.p.sum(0), 0.25, 1, 1)[1]).any() else np.ones(4, np.float32)
     low = Format("int2", "token", True, 1.0, np.maximum(w, 1e-3).astype(np.float32)), Format("int2", "token", True)
-    return Kept(prompt, [~mask, mask], [pair("int8", False, 1.25), low])
+    return Kept(prompt, [~mask, mask], [pair("int8", False, 1.4), low])
 
 
 def zipvl(layer, prompt):
     got, seen = probed(prompt, 32)
     a = np.sort(np.where(prompt.visual, got, 0))[::-1]
     limit = int((np.cumsum(a) < 0.7 * a.sum()).sum()) + 1
-    return Kept(prompt, list(halves(prompt, got / seen, 0.5, 0, 1, limit)), [pair("int8", False, 1.25), pair("int4", True)])
+    return Kept(prompt, list(halves(prompt, got / seen, 0.5, 0, 1, limit)), [pair("int8", False, 1.4), pair("int4", True)])
 
 
 def kivi(layer, prompt):
@@ -74,7 +74,7 @@ def kivi(layer, prompt):
 
 
 def kept_and_dropped(layer, prompt, keep):
-    return Kept(prompt, [keep, ~keep], [pair("int8", False, 1.25), pair("int4", True)])
+    return Kept(prompt, [keep, ~keep], [pair("int8", False, 1.4), pair("int4", True)])
 
 
 def snapkv(layer, prompt):
@@ -88,9 +88,9 @@ def h2o(layer, prompt):
 
 
 CASES = {  # recipe -> (pass, store of the oracle, cut)
-    "kv-int8": ("kv-int8", uniform("int8", margin=1.25), None),
+    "kv-int8": ("kv-int8", uniform("int8", margin=1.4), None),
     "kv-int8{k_per=token,v_per='group:2',centred=true}": ("kv-int8", uniform("int8", "token", "group:2", True), None),
-    "kv-int4": ("kv-int4", uniform("int4", centred=True), None),
+    "kv-int4": ("kv-int4", uniform("int4", centred=True, margin=1.4), None),
     "kv-int4{centred=false,margin=1.25}": ("kv-int4", uniform("int4", margin=1.25), None),
     "kv-int2{v_per='group:2'}": ("kv-int2", uniform("int2", "channel", "group:2", True), None),
     "kv-fp8": ("kv-fp8", uniform("fp8", margin=1.1), None),
