@@ -50,7 +50,6 @@ OURS = {
     "float": NONE,
     "int8": "kv-int8",
     "int4 centred": "kv-int4",
-    "int4 centred, margin 1.2": "kv-int4{margin=1.2}",
     "zipcache int4/int2, 0.38": "kv-zipcache{text=false,important=0.38}",
     "kivi 4 bit": "kv-kivi{group=32,residual=32}",
     "mikv int8/int2": "kv-mikv{text=false,important=0.25}",

@@ -42,6 +42,26 @@ def speed() -> list[str]:
     return lines
 
 
+def cache() -> list[str]:
+    """The KV cache: speed at a long context, answers to second questions."""
+    fast, right = read("kv_speed.json"), read("kv_accuracy.json")
+    answers = {"int8": "int8", "int4": "int4 centred", "zipcache int4/int2": "zipcache int4/int2, 0.38"}
+    batches = list(fast["attention"])
+    lines = ["", f"KV cache on ONNX Runtime behind {fast['tokens']:,} tokens, times as fast as the float32 cache in place (12 layers of 512; goals at int8 1.5x, "
+             "int4 1.2x, mixed 1.0x), and what it costs in answers to second questions on the testbed "
+             f"({right['questions']['second_question']} of them, prompts of about {right['tokens_of_a_prompt']} tokens):", ""]
+    head = [f"attention, {b}" for b in batches] + [f"decode step, {b}" for b in batches]
+    lines += [f"| format | {' | '.join(head)} | smaller than fp16 | points |", "|---|" + "--:|" * (len(head) + 2)]
+    for name in fast["recipes"]:
+        if name == "float32":
+            continue
+        ratios = [f"{fast[part][b]['ratio'][name]:.2f}x" for part in ("attention", "step") for b in batches]
+        told = right["second_question"].get(answers.get(name, ""))
+        points = "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**told["points"]) if told else ""
+        lines.append(f"| {name} | {' | '.join(ratios)} | {told['compression']['of_fp16'] if told else ''}{'x' if told else ''} | {points} |")
+    return lines
+
+
 def scaling() -> list[str]:
     record = read("compile_scaling.json")
     lines = ["", "Compile time on the LLaVA-1.5-7B geometry, weights on the meta device, one thread:", ""]
@@ -65,9 +85,9 @@ def main() -> None:
 
     rows = read("families.json")
     (ROOT / "docs" / "families.md").write_text(document(rows))
-    text = [f"On {machine('ort_vs_hf_1_threads.json')}; ratios within one run, medians, both sides in turns. No GPU figures yet.", "", *speed(), *scaling()]
+    text = [f"On {machine('ort_vs_hf_1_threads.json')}; ratios within one run, medians, both sides in turns. No GPU figures yet.", "", *speed(), *cache(), *scaling()]
     text += ["", "Families: [docs/families.md](docs/families.md). Accuracy of the shipped model: [its card](examples/testbed/MODEL_CARD.md)."]
-    text += ["Error rates of the gate: [docs/judge.md](docs/judge.md)."]
+    text += ["Error rates of the gate: [docs/judge.md](docs/judge.md). KV cache: [docs/kv.md](docs/kv.md). Learned compression: [docs/learned.md](docs/learned.md)."]
     readme = ROOT / "README.md"
     body = re.sub(f"{START}.*{END}", lambda _: f"{START}\n" + "\n".join(text) + f"\n{END}", readme.read_text(), flags=re.S)
     readme.write_text(body)
