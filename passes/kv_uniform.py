@@ -25,7 +25,9 @@ from .kv_store import StoreKV
 class UniformKV(StoreKV):
     """One partition. centred: a centre beside every scale. k_per, v_per: what shares a scale: channel, token (of a head), group:<channels of a
     token>. margin: how much wider than the prompt's range a per-channel range is, room for tokens that are yet to come; what exceeds it saturates,
-    and the generation's clip rate says how much did. (With 4 centred bits a margin of 1.5 would put the prompt's extremes halfway between codes.) A scale per channel is the prompt's and stays; a new token brings its own otherwise.
+    and the generation's clip rate says how much did.
+    A margin of 1.5 would put the prompt's extremes halfway between centred 4-bit codes. A scale per channel is the prompt's and stays; a new
+    token brings its own otherwise.
     scales: "prompt", or a file of ranges that `passes/kv_calibrate.py` made from data, for scales per channel that no prompt can shift.
     """
 
