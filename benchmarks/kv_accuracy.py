@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -31,6 +32,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from benchmarks.measure import RESULTS, machine, save
 from benchmarks.testbed_table import Bench, Reader, apply, digest, pack, recipe_of, unpack
@@ -239,11 +242,10 @@ def theirs(bench: Bench) -> dict[str, Callable[[], Theirs] | str]:
             return lambda: Theirs(bench, lambda model: QuantizedCache("quanto", model.config.get_text_config(), nbits=nbits))
 
         found |= {"quanto 4 bit": quantized(4), "quanto 2 bit": quantized(2)}
-    try:
-        import kvpress
-    except ImportError as cause:
-        found |= dict.fromkeys(("kvpress snapkv", "kvpress knorm"), f"kvpress cannot be imported: {cause}")
+    if reason := unfit("kvpress", "transformers"):
+        found |= dict.fromkeys(("kvpress snapkv", "kvpress knorm"), reason)
     else:
+        import kvpress
         from transformers import DynamicCache
 
         def pressed(kind: str, **options: Any) -> Callable[[], Theirs]:
@@ -251,6 +253,17 @@ def theirs(bench: Bench) -> dict[str, Callable[[], Theirs] | str]:
 
         found |= {"kvpress snapkv": pressed("SnapKVPress", window_size=16), "kvpress knorm": pressed("KnormPress")}
     return found
+
+
+def unfit(package: str, needs: str) -> str:
+    """Why `package` cannot run beside the installed `needs`; empty if it can."""
+    try:
+        wanted = [Requirement(r) for r in metadata.requires(package) or []]
+    except metadata.PackageNotFoundError:
+        return f"{package} is not installed"
+    limits = next((r.specifier for r in wanted if r.name == needs), SpecifierSet())
+    have = metadata.version(needs)
+    return "" if have in limits else f"{package} {metadata.version(package)} runs with {needs} {limits}, here is {have}"
 
 
 # ** speed: a step of both, in turns **

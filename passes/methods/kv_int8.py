@@ -15,9 +15,11 @@ class KVInt8(UniformKV):
     rewrite:
         prefill: k.l[B, G, T, D]  ->  s = margin max_t |k| / 127,  k.l = round(k / s),  k.l.scale = s[B, G, 1, D]      (v alike)
         decode:  attention(q, kv_append(past, k))  ->  attention(q, kv_append(s past, s round(k / s)))
+
+    Eight bits have room: at a margin of 1.4 one value in fifty of a second question was clipped on the testbed, at 2.5 one in a thousand.
     """
 
     name: ClassVar[str] = "kv-int8"
     code: ClassVar[str] = "int8"
 
-    margin: Annotated[float, Ge(1)] = 1.4
+    margin: Annotated[float, Ge(1)] = 2.5

@@ -88,7 +88,7 @@ def h2o(layer, prompt):
 
 
 CASES = {  # recipe -> (pass, store of the oracle, cut)
-    "kv-int8": ("kv-int8", uniform("int8", margin=1.4), None),
+    "kv-int8": ("kv-int8", uniform("int8", margin=2.5), None),
     "kv-int8{k_per=token,v_per='group:2',centred=true}": ("kv-int8", uniform("int8", "token", "group:2", True), None),
     "kv-int4": ("kv-int4", uniform("int4", centred=True, margin=1.4), None),
     "kv-int4{centred=false,margin=1.25}": ("kv-int4", uniform("int4", margin=1.25), None),
