@@ -220,12 +220,13 @@ def numeric(function, tensor, places, step=1e-3):
 
 @pytest.mark.parametrize("text", ["victor{registers=2,layer=1}", "victor{registers=2,layer=2,question_blind=true}", "lora{rank=2}",
                                   "victor{registers=2,layer=1}, lora{rank=2,rows=registers}"])
-def test_gradients_equal_finite_differences(text):
+def test_gradients_equal_finite_differences(text, request):
     """Through the dialect's own operators. Attention computes in float32 whatever the inputs, so a difference of two losses over 2e-3 is right to
     about 1e-7 of the loss / 1e-3; besides, a step may cross a kink of the toy's ReLU."""
     program = built(text)
     stage = program["prefill"]
     stage.module.double()
+    request.addfinalizer(stage.module.float)  # the parameters are those of every toy in this process
     with torch.no_grad():
         for tensor in learned(program).values():
             tensor.add_(0.05)
