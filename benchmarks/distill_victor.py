@@ -26,29 +26,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from examples.testbed import make_data
 from examples.testbed.evaluate import messages
-from examples.testbed.questions import PAGE, SCENE, TRAINING_ONLY, ask, pick
+from examples.testbed.questions import PAGE, PAIR, SCENE, TRAINING_ONLY, ask, pick
 from examples.testbed.scenes import page, scene
 from foveate.distill_data import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "examples/testbed/checkpoint"
-SEED, QUESTIONS = 7001, 10
+SEED, QUESTIONS = 7002, 10
 
 
 def source(number: int) -> Source:
-    """Picture `number` of the training stream, and what is asked about it: a function of the number alone. No answer is kept."""
+    """Picture `number` of the training stream (a fifth are pages, an eighth are pairs), and what is asked about it: a function of the number alone.
+
+    No answer is kept.
+    """
     rng = np.random.default_rng([SEED, number])
-    paged = rng.random() < 0.2
-    picture = page(rng) if paged else scene(rng, "train")
-    kinds = list(PAGE) if paged else [k for k in SCENE if k not in TRAINING_ONLY]
+    draw = rng.random()
+    if draw < 0.2:
+        pictures, kinds = [page(rng)], list(PAGE)
+    elif draw < 0.325:
+        pictures, kinds = [scene(rng, "train"), scene(rng, "train")], list(PAIR)
+    else:
+        pictures, kinds = [scene(rng, "train")], [k for k in SCENE if k not in TRAINING_ONLY]
     asked: dict[str, None] = {}
     for _ in range(60):
-        found = ask(rng, pick(rng, kinds), picture.things)
+        found = ask(rng, pick(rng, kinds), *(p.things for p in pictures))
         if found:
             asked.setdefault(found.question)
         if len(asked) == QUESTIONS:
             break
-    return Source((Image.fromarray(picture.pixels),), tuple(asked))
+    return Source(tuple(Image.fromarray(p.pixels) for p in pictures), tuple(asked))
 
 
 # ---- what is tried. T0: registers alone; T1: with adapters (LoRA, rank 16, on all linear layers, merged afterwards)
@@ -180,7 +187,7 @@ def table() -> str:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--work", type=Path, default=ROOT / "build/distill")
-    p.add_argument("--sources", type=int, default=1696)
+    p.add_argument("--sources", type=int, default=8000)
     p.add_argument("--steps", type=int, default=400)
     p.add_argument("--items", type=int, default=360, help="test items to judge by; slices take turns")
     p.add_argument("--only", action="append", choices=[*CONFIGS, *UNTRAINED])

@@ -26,7 +26,7 @@ from .export.artifact import Artifact
 from .export.backends.base import find
 from .graph.program import Program
 from .runtime import prompts
-from .runtime.batch import Layout, assemble, image_groups, lay_out
+from .runtime.batch import Batch, Layout, assemble, image_groups, lay_out
 from .runtime.session import Session
 
 SHARD = 32
@@ -203,7 +203,7 @@ class Teacher:
         samples = [self._sample(source.pictures, q) for q in source.questions]
         starts = [self._beginning(s.tokens) for s in samples]
         feats = self._features(samples[0])
-        answers = self._answers(samples, feats)
+        answers = self._answers(samples, starts, feats)
         kept = {n: a for n, a in samples[0].vision.items() if self.making.pixels or n == "image_grid_thw"}
         rows: list[Row] = []
         open_: dict[bytes, list[Segment]] = {}
@@ -265,34 +265,72 @@ class Teacher:
     def _rank(self, name: str) -> int:
         return self.program["vision"].placeholder(name).meta["val"].dim()
 
-    def _answers(self, samples: Sequence[Any], feats: Mapping[str, Tensor]) -> list[np.ndarray]:
-        """Greedy, until the end token or `max_new_tokens`; in batches over the artifact."""
-        rule, steps, eos = self.facts["positions"], self.making.max_new_tokens, set(self.facts["eos_token_ids"])
-        found: list[np.ndarray] = []
-        for begin in range(0, len(samples), self.making.batch):
-            now = samples[begin : begin + self.making.batch]
-            layouts = []
-            for s in now:
-                grids = s.vision.get("image_grid_thw")
-                each, merge = self.facts.get("tokens_per_image"), int(rule.get("merge", 1))
-                groups = image_groups(s.tokens, self.facts["image_token_id"], len(s.pictures), each, grids, merge)
-                layouts.append(lay_out(s.tokens, groups, [len(g) for g in groups], grids, rule))
-            batch = assemble(layouts, {n: [f.float().numpy()] * len(now) for n, f in feats.items()}, self.facts, _pad(self.facts))
-            out, cache = self.session.engine.prefill(batch.feeds, batch.length + steps)
-            logits, made, done = out["logits"].copy(), [[] for _ in now], np.zeros(len(now), bool)
-            token = np.zeros(len(now), np.int64)
-            for step in range(steps):
-                if step:
-                    logits = self.session.engine.decode(cache, token[:, None], batch.step_positions(step - 1)).copy()
-                logits[:, self.facts["image_token_id"]] = -np.inf  # an answer cannot bring an image
-                token = np.where(done, _pad(self.facts), logits.argmax(-1)).astype(np.int64)
-                for b in np.flatnonzero(~done):
-                    made[b].append(int(token[b]))
-                done |= np.isin(token, list(eos))
-                if done.all():
-                    break
-            found += [np.array(m, np.int64) for m in made]
-        return found
+    def _answers(self, samples: Sequence[Any], starts: Sequence[int], feats: Mapping[str, Tensor]) -> list[np.ndarray]:
+        """Greedy, until the end token or `max_new_tokens`; in batches over the artifact. Where attention is causal, what questions share is read once."""
+        shared = self.making.packed and len(samples) > 1 and len({s.tokens[:n].tobytes() for s, n in zip(samples, starts, strict=True)}) == 1
+        ask = self._behind_one if shared else self._each
+        parts = [list(zip(samples, starts, strict=True))[i : i + self.making.batch] for i in range(0, len(samples), self.making.batch)]
+        return [answer for part in parts for answer in ask([s for s, _ in part], part[0][1], feats)]
+
+    def _each(self, samples: Sequence[Any], start: int, feats: Mapping[str, Tensor]) -> list[np.ndarray]:
+        """Every prompt for itself."""
+        batch = self._assembled([self._laid(s, s.tokens) for s in samples], feats)
+        out, cache = self.session.engine.prefill(batch.feeds, batch.length + self.making.max_new_tokens)
+        answers = Greedy(len(samples), self.facts, self.making.max_new_tokens)
+        token, step = answers.take(out["logits"]), 0
+        while not answers.done.all():
+            token = answers.take(self.session.engine.decode(cache, token[:, None], batch.step_positions(step)))
+            step += 1
+        return answers.made
+
+    def _behind_one(self, samples: Sequence[Any], start: int, feats: Mapping[str, Tensor]) -> list[np.ndarray]:
+        """The pictures are read once; questions, and answers as they come, are fed to copies of that cache token by token."""
+        layouts, asked = [self._laid(s, s.tokens) for s in samples], [s.tokens[start:] for s in samples]
+        batch = self._assembled([self._laid(samples[0], samples[0].tokens[:start])], feats)
+        room = max(len(q) for q in asked) + self.making.max_new_tokens
+        cache = self.session.engine.prefill(batch.feeds, batch.length + room)[1].take(np.zeros(len(samples), np.int64))
+        answers = Greedy(len(samples), self.facts, self.making.max_new_tokens)
+        token, at = np.array([q[0] for q in asked]), np.zeros(len(samples), np.int64)
+        while not answers.done.all():
+            places = np.stack([o.positions[..., start + t] if t < len(q) else np.full(o.positions.shape[:-1], o.next_position + t - len(q))
+                               for o, q, t in zip(layouts, asked, at, strict=True)], -1)
+            logits = self.session.engine.decode(cache, token[:, None], places[..., None].astype(np.int64))
+            at += 1
+            said = np.array([t >= len(q) for q, t in zip(asked, at, strict=True)])
+            token = np.where(said, answers.take(logits, said), [q[min(t, len(q) - 1)] for q, t in zip(asked, at, strict=True)])
+        return answers.made
+
+    def _laid(self, sample: Any, tokens: np.ndarray) -> Layout:
+        rule, grids = self.facts["positions"], sample.vision.get("image_grid_thw")
+        each, merge = self.facts.get("tokens_per_image"), int(rule.get("merge", 1))
+        groups = image_groups(tokens, self.facts["image_token_id"], len(sample.pictures), each, grids, merge)
+        return lay_out(tokens, groups, [len(g) for g in groups], grids, rule)
+
+    def _assembled(self, layouts: Sequence[Layout], feats: Mapping[str, Tensor]) -> Batch:
+        return assemble(layouts, {n: [f.float().numpy()] * len(layouts) for n, f in feats.items()}, self.facts, _pad(self.facts))
+
+
+class Greedy:
+    """Answers as they grow: `take` appends the best token of each that is not done."""
+
+    def __init__(self, count: int, facts: Mapping[str, Any], most: int) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.done, self.most, self.image = np.zeros(count, bool), most, facts["image_token_id"]
+        self.ends, self.pad = np.array(list(facts["eos_token_ids"]), np.int64), _pad(facts)
+
+    def take(self, logits: np.ndarray, which: np.ndarray | None = None) -> np.ndarray:
+        """logits[B, V] -> the token[B] to feed next; those of `which` (all) answer, an answer that is done brings padding"""
+        logits = logits.copy()
+        logits[:, self.image] = -np.inf  # an answer cannot bring an image
+        best = logits.argmax(-1).astype(np.int64)
+        for b in np.flatnonzero(~self.done if which is None else which & ~self.done):
+            self.tokens[b].append(int(best[b]))
+            self.done[b] = bool(np.isin(best[b], self.ends)) or len(self.tokens[b]) >= self.most
+        return np.where(self.done, self.pad, best)
+
+    @property
+    def made(self) -> list[np.ndarray]:
+        return [np.array(t, np.int64) for t in self.tokens]
 
 
 def small(x: Tensor) -> Tensor:

@@ -40,6 +40,18 @@ def call(method: Callable[..., Tensor], read: dict[str, Any]) -> Tensor:
     return method(**{n: read[n] for n in inspect.signature(method).parameters})
 
 
+def spared(score: Tensor, pool: Tensor, valid: Tensor, sinks: int, recent: int, bound: Any, budget: Tensor) -> Tensor:
+    """score, pool, valid [B, T], budget[B]  ->  [B, T] bool: valid tokens outside the pool, and the best budget <= bound of the pool
+
+    The first `sinks` and the last `recent` tokens of the prompt rank before all others.
+    """
+    at = torch.arange(valid.shape[1], device=valid.device)[None]
+    first = torch.where(valid, at, valid.shape[1]).amin(1, keepdim=True)
+    always = (at < first + sinks) | (at > last_valid(valid) - recent)
+    score = torch.where(pool, torch.where(always, float("inf"), score.float()), float("-inf"))
+    return valid & (~pool | F.top_tokens(score, bound, budget))
+
+
 @dataclass(frozen=True)
 class EvictKV(Pass):
     """keep: the share of tokens whose rows stay, to a thousandth, rounded up. layers: which (none named: all).
@@ -100,11 +112,7 @@ class EvictKV(Pass):
         text = words if self.text else 0
         pool, size = visual & valid if self.text else valid, valid.shape[1] - text
         bound, budget = share(self.keep, size), share(self.keep, pool.sum(1))
-        at = torch.arange(valid.shape[1], device=valid.device)[None]
-        first = torch.where(valid, at, valid.shape[1]).amin(1, keepdim=True)
-        always = (at < first + self.sinks) | (at > last_valid(valid) - self.recent)
-        score = torch.where(pool, torch.where(always, float("inf"), call(self.importance, read).float()), float("-inf"))
-        return valid & (~pool | F.top_tokens(score, bound, budget)), bound + text
+        return spared(call(self.importance, read), pool, valid, self.sinks, self.recent, bound, budget), bound + text
 
     @staticmethod
     def gather(k: Tensor, v: Tensor, stays: Tensor, index: Tensor | None, valid: Tensor, size: Any) -> tuple[Tensor, ...]:

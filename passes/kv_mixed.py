@@ -12,10 +12,10 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from torch.fx import Node
 
-from ..graph.kv_format import KVFormat, Partition
+from ..graph.kv_format import APPENDED, KVFormat, Partition
 from ..graph.program import KVLayer, Program
 from ..graph.splice import splice
-from .kv_evict import call, taps_of
+from .kv_evict import call, spared, taps_of
 from .kv_rows import gathered, output, rows_of, set_lengths
 from .kv_store import StoreKV
 from .reduce import share
@@ -25,6 +25,11 @@ F = torch.ops.foveate
 HI, LO = "hi", "lo"
 Code = Literal["float", "int8", "int4", "int2", "fp8", "sign", "fsq4"]
 Share = Annotated[float, Ge(0), Le(1)]
+
+
+def partition(name: str, code: str) -> Partition:
+    """One scale per channel, and a centre where bits are few."""
+    return Partition(name, code, centred=code not in ("float", "int8", "fp8"))
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,10 @@ class MixedKV(StoreKV):
         return KVFormat(parts, tuple((name, rows) for name, rows in ((HI, hi), (LO, self.streaming_gap - hi)) if rows), self.recent)
 
     def high(self) -> Partition:
-        return Partition(code=self.hi, centred=self.hi not in ("float", "int8", "fp8"))
+        return partition(APPENDED, self.hi)
 
     def low(self) -> Partition:
-        return Partition(LO, self.lo, centred=self.lo not in ("float", "int8", "fp8"))
+        return partition(LO, self.lo)
 
     def widen(self, part: Partition) -> float:
         return 1.0 if part.name else self.margin
@@ -110,16 +115,12 @@ class MixedKV(StoreKV):
         text = words if self.text else 0
         pool, size = visual & valid if self.text else valid, valid.shape[1] - text
         read["pool"] = pool
-        score = call(self.importance, read).float()
+        score = call(self.importance, read)
         bound, budget = share(self.important, size), share(self.important, pool.sum(1))
         if self.limit:
             budget = torch.minimum(budget, call(self.limit, read))
-        at = torch.arange(valid.shape[1], device=valid.device)[None]
-        first = torch.where(valid, at, valid.shape[1]).amin(1, keepdim=True)
-        always = (at < first + self.sinks) | (at > last_valid(valid) - self.recent)
-        score = torch.where(pool, torch.where(always, float("inf"), score), float("-inf"))
-        best = F.top_tokens(score, bound, budget) & pool
-        return valid & (~pool | best), bound + text, (size if self.limit else size - bound) + 1  # never none at all: a range needs a row
+        important = spared(score, pool, valid, self.sinks, self.recent, bound, budget)
+        return important, bound + text, (size if self.limit else size - bound) + 1  # never none at all: a range needs a row
 
 
 def _masks(important: Tensor, index: Tensor | None, valid: Tensor, recent: int) -> tuple[Tensor, ...]:

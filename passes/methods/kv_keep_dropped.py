@@ -10,13 +10,13 @@ from annotated_types import Ge
 from torch import Tensor
 from torch.fx import Node
 
-from ...graph.kv_format import Partition
+from ...graph.kv_format import APPENDED, Partition
 from ...graph.program import KVLayer, Program, Stage
 from ...graph.retype import retype
 from ...graph.sites import role, site
 from ...graph.splice import splice
 from ..base import PASSES
-from ..kv_mixed import LO, Code
+from ..kv_mixed import LO, Code, partition
 from ..kv_rows import gathered, origin, output, rows_of, set_lengths
 from ..kv_store import StoreKV
 
@@ -53,10 +53,7 @@ class KVKeepDropped(StoreKV):
     margin: Annotated[float, Ge(1)] = 1.4
 
     def partitions(self, entry: KVLayer) -> tuple[Partition, ...]:
-        return (self.part("", self.hi), *(() if entry.window else (self.part(LO, self.lo),)))
-
-    def part(self, name: str, code: str) -> Partition:
-        return Partition(name, code, centred=code not in ("float", "int8", "fp8"))
+        return (partition(APPENDED, self.hi), *(() if entry.window else (partition(LO, self.lo),)))
 
     def widen(self, part: Partition) -> float:
         return 1.0 if part.name else self.margin
