@@ -58,28 +58,45 @@ def source(number: int) -> Source:
     return Source(tuple(Image.fromarray(p.pixels) for p in pictures), tuple(asked))
 
 
-# ---- what is tried. T0: registers alone; T1: with adapters (LoRA, rank 16, on all linear layers, merged afterwards)
+# ---- what is tried. T0: registers alone; T1: with adapters (LoRA, rank 64, on all linear layers, merged afterwards)
 
-LORA = "lora{rank=16}"
+LORA = "lora{rank=64}"
+SIZES = (4, 8, 16, 32)
+VISION = ("space-to-depth", "matryoshka-mix")  # they change what the vision stage returns: pixels are cached too
+ELASTIC = {"elastic": list(SIZES)}  # one training for all of them
+
+
+def t1(layer: int, registers: int = 8, more: str = "") -> str:
+    return f"victor{{registers={registers},layer={layer}{more}}}, {LORA}"
+
+
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "victor-m8-k2": (f"victor{{registers=8,layer=2}}, {LORA}", {}),
-    "none-m0-k2": (f"victor{{registers=0,layer=2}}, {LORA}", {}),
+    "victor-m8-k2": (t1(2), {}),
+    "none-m0-k2": (t1(2, 0), {}),
+    "elastic-k2": (t1(2), ELASTIC),
     "random8-k2": (f"drop-random{{layer=2,keep=8}}, {LORA}", {}),
-    "attention8-k2": (f"drop-fastv{{layer=2,keep=8}}, {LORA}", {"packed": False}),
-    "victor-m32-k2": (f"victor{{registers=32,layer=2}}, {LORA}", {}),
-    "blind-m32-k4": (f"victor{{registers=32,layer=4,question_blind=true}}, {LORA}", {}),
-    "victor-m8-k2-t0": ("victor{registers=8,layer=2}", {}),
-    "blind-m8-k4": (f"victor{{registers=8,layer=4,question_blind=true}}, {LORA}", {}),
-    "victor-m16-k2": (f"victor{{registers=16,layer=2}}, {LORA}", {}),
-    "victor-m4-k2": (f"victor{{registers=4,layer=2}}, {LORA}", {}),
-    "elastic-m32-k2": (f"victor{{registers=8,layer=2}}, {LORA}", {"elastic": [4, 8, 16, 32]}),
-    "victor-m8-k1": (f"victor{{registers=8,layer=1}}, {LORA}", {}),
-    "victor-m8-k3": (f"victor{{registers=8,layer=3}}, {LORA}", {}),
-    "none-m0-k3": (f"victor{{registers=0,layer=3}}, {LORA}", {}),
-    "victor-m8-k4": (f"victor{{registers=8,layer=4}}, {LORA}", {}),
-    "none-m0-k4": (f"victor{{registers=0,layer=4}}, {LORA}", {}),
-    "none-m0-k1": (f"victor{{registers=0,layer=1}}, {LORA}", {}),
-    "anneal-m8-k2": (f"victor{{registers=8,layer=2}}, {LORA}", {"anneal": [6, 4, 3]}),
+    "blind-m32-k4": (t1(4, 32, ",question_blind=true"), {}),
+    "elastic-k1": (t1(1), ELASTIC),
+    "elastic-k3": (t1(3), ELASTIC),
+    "elastic-k4": (t1(4), ELASTIC),
+    "blind-m8-k4": (t1(4, 8, ",question_blind=true"), {}),
+    "none-m0-k1": (t1(1, 0), {}),
+    "none-m0-k3": (t1(3, 0), {}),
+    "none-m0-k4": (t1(4, 0), {}),
+    "attention8-k2": (f"drop-fastv{{layer=2,keep=8}}, {LORA}", {"packed": False, "steps": 500}),  # questions alone: as many CPU seconds, not rows
+    "prefusion-m8-k2": ("prefusion{registers=8,layer=2}", {}),
+    "space-to-depth-36": (f"space-to-depth{{side=2}}, {LORA}", {"sources": 3200}),
+    "matryoshka-mix-36": (f"matryoshka-mix{{tokens=36}}, {LORA}", {"sources": 3200}),
+    "exit-router": ("exit-router{layers=[2,4,6]}", {"sources": 640}),
+    "elastic-k2-t0": ("victor{registers=8,layer=2}", ELASTIC),
+    "elastic-k4-t0": ("victor{registers=8,layer=4}", ELASTIC),
+    "victor-m32-k2": (t1(2, 32), {}),
+    "victor-m4-k2": (t1(2, 4), {}),
+    "victor-m16-k2": (t1(2, 16), {}),
+    "elastic-k1-t0": ("victor{registers=8,layer=1}", ELASTIC),
+    "elastic-k3-t0": ("victor{registers=8,layer=3}", ELASTIC),
+    "victor-m8-k2-long": (t1(2), {"steps": 8000}),
+    "none-m0-k2-long": (t1(2, 0), {"steps": 8000}),
 }
 UNTRAINED = {"original": None, "attention8-k2-untrained": "drop-fastv{layer=2,keep=8}", "random8-k2-untrained": "drop-random{layer=2,keep=8}",
              "none-m0-k2-untrained": "victor{registers=0,layer=2}"}
@@ -128,8 +145,10 @@ def train(name: str, args: argparse.Namespace, program: Any, processor: Any) -> 
     """One configuration to the end (a killed one goes on at its checkpoint), and its judgement."""
     import foveate
 
-    text, more = CONFIGS[name]
-    data = [source(i) for i in range(args.sources)]
+    text, more = CONFIGS[name][0], dict(CONFIGS[name][1])
+    count = more.pop("sources", args.sources)
+    data = [source(i) for i in range(count)]
+    cache = args.work / ("teacher" if count == args.sources else f"teacher-{count}{'-pixels' if text.startswith(VISION) else ''}")
     told, resumed = {"last": 0.0}, (args.work / name / "state.pt").is_file()
     start = time.process_time()
 
@@ -138,13 +157,24 @@ def train(name: str, args: argparse.Namespace, program: Any, processor: Any) -> 
             told["last"] = time.monotonic()
             print(f"{name} {line}", flush=True)
 
-    done = foveate.distill(program, data, text, processor=processor, output=args.work / name, cache=args.work / "teacher", progress=say,
-                           steps=args.steps, batch=8, lr=3e-3, max_new_tokens=16, held_out=64, evaluate_every=200, save_every=50, **more)
+    settings = {"steps": args.steps, "batch": 4, "lr": 3e-3, "max_new_tokens": 16, "held_out": 64, "evaluate_every": 400, "save_every": 100, **more}
+    done = foveate.distill(program, data, text, processor=processor, output=args.work / name, cache=cache, progress=say, **settings)
     seconds = time.process_time() - start
     report = done.report
-    kept = {k: report[k] for k in ("steps", "agreement", "rows", "held_out_questions", "parameters", "students")}
-    return {"recipe": done.recipe.read_text(encoding="utf-8"), "seconds_cpu": None if resumed else round(seconds, 1), "rows_seen": args.steps * 8, **kept,
-            **judge(str(done.recipe), done.weights, args.work, name, args.items)}
+    kept = {k: report.get(k) for k in ("steps", "agreement", "rows", "held_out_questions", "parameters", "students", "layers")}
+    found = {"recipe": done.recipe.read_text(encoding="utf-8"), "seconds_cpu": None if resumed else round(seconds, 1),
+             "rows_seen": settings["steps"] * settings["batch"], **kept}
+    return {} if args.train_only else {n: {**found, **judge(r, done.weights, args.work, n, args.items)} for n, r in served(name, done.recipe).items()}
+
+
+def served(name: str, recipe: Path) -> dict[str, Any]:
+    """The recipes that one training serves: itself, or one for every number of registers."""
+    from foveate.distillation import _with
+    from foveate.passes.recipe import load
+
+    if CONFIGS[name][1] is not ELASTIC:
+        return {name: str(recipe)}
+    return {f"elastic-m{m}-{name.removeprefix('elastic-')}": _with(load(str(recipe)), registers=m, table=max(SIZES)) for m in SIZES}
 
 
 HEAD = """
@@ -187,11 +217,12 @@ def table() -> str:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--work", type=Path, default=ROOT / "build/distill")
-    p.add_argument("--sources", type=int, default=8000)
-    p.add_argument("--steps", type=int, default=400)
-    p.add_argument("--items", type=int, default=360, help="test items to judge by; slices take turns")
+    p.add_argument("--sources", type=int, default=5824)
+    p.add_argument("--steps", type=int, default=2000)
+    p.add_argument("--items", type=int, default=612, help="test items to judge by; slices take turns")
     p.add_argument("--only", action="append", choices=[*CONFIGS, *UNTRAINED])
     p.add_argument("--data-only", action="store_true")
+    p.add_argument("--train-only", action="store_true", help="train, and judge in a later run")
     p.add_argument("--table", action="store_true")
     args = p.parse_args()
     if args.table:
@@ -203,6 +234,7 @@ def main() -> None:
     from foveate.graph.families import load_model
 
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     model, processor = load_model(str(CHECKPOINT), dtype="auto", device="cpu")
     program = capture(model, processor)
     if args.data_only:
@@ -213,14 +245,17 @@ def main() -> None:
         Cache.build(program, processor, [source(i) for i in range(args.sources)], args.work / "teacher", making_of(program, Settings(max_new_tokens=16)), print)
         return
     finished = {json.loads(l)["name"] for l in RESULTS.read_text(encoding="utf-8").splitlines()} if RESULTS.is_file() else set()
-    for name in args.only or [*UNTRAINED, *CONFIGS]:
-        if name in finished:
+    for name in args.only or [*([] if args.train_only else UNTRAINED), *CONFIGS]:
+        if finished & {name, name.replace("elastic-", f"elastic-m{SIZES[0]}-")}:
             continue
-        found = train(name, args, program, processor) if name in CONFIGS else judge(UNTRAINED[name], None, args.work, name, args.items)
-        line = {"name": name, **found, "items": args.items, "date": time.strftime("%Y-%m-%d"), "machine": f"{processor_name()}, 1 thread, shared"}
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"{name}: {100 * found['overall']['score']:.1f}", flush=True)
+        rows = train(name, args, program, processor) if name in CONFIGS else {name: judge(UNTRAINED[name], None, args.work, name, args.items)}
+        for label, found in rows.items():
+            line = {"name": label, **found, "items": args.items, "date": time.strftime("%Y-%m-%d"), "machine": f"{processor_name()}, 1 thread, shared"}
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{label}: {100 * found['overall']['score']:.1f}", flush=True)
+        if not rows:
+            continue
         TABLE.write_text(table(), encoding="utf-8")
 
 

@@ -27,7 +27,9 @@ from .export.backends.base import find
 from .graph.program import Program
 from .runtime import prompts
 from .runtime.batch import Batch, Layout, assemble, image_groups, lay_out
-from .runtime.session import Session
+from .runtime.image_cache import read
+from .runtime.result import Timings
+from .runtime.session import Session, Stop
 
 SHARD = 32
 TOP = 64  # of the teacher's distribution are kept where the vocabulary is larger than FULL
@@ -274,31 +276,23 @@ class Teacher:
 
     def _each(self, samples: Sequence[Any], start: int, feats: Mapping[str, Tensor]) -> list[np.ndarray]:
         """Every prompt for itself."""
-        batch = self._assembled([self._laid(s, s.tokens) for s in samples], feats)
-        out, cache = self.session.engine.prefill(batch.feeds, batch.length + self.making.max_new_tokens)
-        answers = Greedy(len(samples), self.facts, self.making.max_new_tokens)
-        token, step = answers.take(out["logits"]), 0
-        while not answers.done.all():
-            token = answers.take(self.session.engine.decode(cache, token[:, None], batch.step_positions(step)))
-            step += 1
-        return answers.made
+        batch, steps = self._assembled([self._laid(s, s.tokens) for s in samples], feats), self.making.max_new_tokens
+        out, cache = self.session.engine.prefill(batch.feeds, batch.length + steps)
+        return self.session._decode(batch, out["logits"], cache, Stop(steps), self._choose, Timings(), None)[0]
 
     def _behind_one(self, samples: Sequence[Any], start: int, feats: Mapping[str, Tensor]) -> list[np.ndarray]:
-        """The pictures are read once; questions, and answers as they come, are fed to copies of that cache token by token."""
-        layouts, asked = [self._laid(s, s.tokens) for s in samples], [s.tokens[start:] for s in samples]
+        """The pictures are read once, questions behind copies of that cache."""
+        layouts, steps = [self._laid(s, s.tokens) for s in samples], self.making.max_new_tokens
         batch = self._assembled([self._laid(samples[0], samples[0].tokens[:start])], feats)
-        room = max(len(q) for q in asked) + self.making.max_new_tokens
+        room = max(len(o.tokens) for o in layouts) - start + steps
         cache = self.session.engine.prefill(batch.feeds, batch.length + room)[1].take(np.zeros(len(samples), np.int64))
-        answers = Greedy(len(samples), self.facts, self.making.max_new_tokens)
-        token, at = np.array([q[0] for q in asked]), np.zeros(len(samples), np.int64)
-        while not answers.done.all():
-            places = np.stack([o.positions[..., start + t] if t < len(q) else np.full(o.positions.shape[:-1], o.next_position + t - len(q))
-                               for o, q, t in zip(layouts, asked, at, strict=True)], -1)
-            logits = self.session.engine.decode(cache, token[:, None], places[..., None].astype(np.int64))
-            at += 1
-            said = np.array([t >= len(q) for q, t in zip(asked, at, strict=True)])
-            token = np.where(said, answers.take(logits, said), [q[min(t, len(q) - 1)] for q, t in zip(asked, at, strict=True)])
-        return answers.made
+        return read(self.session, cache, layouts, self._choose, steps)[0]
+
+    def _choose(self, logits: np.ndarray, history: Sequence[np.ndarray]) -> np.ndarray:
+        """Greedy; an answer cannot bring an image."""
+        logits = logits.copy()
+        logits[:, self.facts["image_token_id"]] = -np.inf
+        return logits.argmax(-1).astype(np.int64)
 
     def _laid(self, sample: Any, tokens: np.ndarray) -> Layout:
         rule, grids = self.facts["positions"], sample.vision.get("image_grid_thw")
@@ -308,29 +302,6 @@ class Teacher:
 
     def _assembled(self, layouts: Sequence[Layout], feats: Mapping[str, Tensor]) -> Batch:
         return assemble(layouts, {n: [f.float().numpy()] * len(layouts) for n, f in feats.items()}, self.facts, _pad(self.facts))
-
-
-class Greedy:
-    """Answers as they grow: `take` appends the best token of each that is not done."""
-
-    def __init__(self, count: int, facts: Mapping[str, Any], most: int) -> None:
-        self.tokens: list[list[int]] = [[] for _ in range(count)]
-        self.done, self.most, self.image = np.zeros(count, bool), most, facts["image_token_id"]
-        self.ends, self.pad = np.array(list(facts["eos_token_ids"]), np.int64), _pad(facts)
-
-    def take(self, logits: np.ndarray, which: np.ndarray | None = None) -> np.ndarray:
-        """logits[B, V] -> the token[B] to feed next; those of `which` (all) answer, an answer that is done brings padding"""
-        logits = logits.copy()
-        logits[:, self.image] = -np.inf  # an answer cannot bring an image
-        best = logits.argmax(-1).astype(np.int64)
-        for b in np.flatnonzero(~self.done if which is None else which & ~self.done):
-            self.tokens[b].append(int(best[b]))
-            self.done[b] = bool(np.isin(best[b], self.ends)) or len(self.tokens[b]) >= self.most
-        return np.where(self.done, self.pad, best)
-
-    @property
-    def made(self) -> list[np.ndarray]:
-        return [np.array(t, np.int64) for t in self.tokens]
 
 
 def small(x: Tensor) -> Tensor:

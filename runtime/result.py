@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,20 @@ class Timings:
             "decode_steps": len(self.decode_ms),
             "total_ms": self.total_ms,
         }
+
+
+@contextmanager
+def clock(timings: Timings | None, name: str) -> Iterator[None]:
+    """Add the milliseconds of the block to `name`; a list grows by one."""
+    start = time.perf_counter()
+    yield
+    ms = (time.perf_counter() - start) * 1e3
+    if timings is None:
+        return
+    if isinstance(getattr(timings, name), list):
+        getattr(timings, name).append(ms)
+    else:
+        setattr(timings, name, getattr(timings, name) + ms)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +18,12 @@ from . import prompts
 from .batch import Batch, assemble, image_groups, lay_out
 from .errors import NumberError, RunError
 from .prompts import Sample
-from .result import Generation, Picture, Timings
+from .result import Generation, Picture, Timings, clock
 from .sampling import PENALTIES, WARPERS, chooser
 
 if TYPE_CHECKING:
     from .conversation import Conversation
+    from .image_cache import ImageCache
 
 DEFAULT_NEW_TOKENS = 128
 OPTIONS = ("do_sample", *WARPERS, *PENALTIES)
@@ -80,12 +79,12 @@ class Session:
         if not isinstance(num_return_sequences, int) or isinstance(num_return_sequences, bool) or num_return_sequences < 1:
             raise RunError(f"generate: num_return_sequences is {num_return_sequences!r}; it must be a whole number of at least 1")
         timings = Timings()
-        with _clock(timings, "preprocess_ms"):
+        with clock(timings, "preprocess_ms"):
             samples = self.prepare(images, prompt, messages)
         stream = Stream(streamer, self.tokenizer, len(samples) * num_return_sequences) if streamer is not None else None
         seen = self.encode(samples, timings, extra)
         limit = self._limit(max_cache_tokens)
-        with _clock(timings, "prefill_ms"):
+        with clock(timings, "prefill_ms"):
             outputs, cache = self.engine.prefill(seen.batch.feeds, seen.batch.length + steps)
         checked(outputs["logits"], "prefill")
         held = getattr(cache, "held", 0)
@@ -116,6 +115,12 @@ class Session:
 
         return Conversation(self, images)
 
+    def look(self, images: Any) -> ImageCache:
+        """Pictures that many questions will be asked about, each alone: they are read once, `ask` reads questions behind that cache."""
+        from .image_cache import ImageCache
+
+        return ImageCache(self, images)
+
     # -- parts, also used by bench
 
     def prepare(self, images: Any = None, prompt: Any = None, messages: Any = None) -> list[Sample]:
@@ -126,14 +131,18 @@ class Session:
 
     def encode(self, samples: Sequence[Sample], timings: Timings | None = None, extra: Mapping[str, Any] | None = None) -> Seen:
         """The vision stage over all pictures of all samples, and the padded feeds of prefill."""
+        with clock(timings, "encoder_ms"):
+            outputs = self._vision(samples, extra or {})
+        return self.arrange(samples, outputs)
+
+    def arrange(self, samples: Sequence[Sample], outputs: Mapping[str, np.ndarray]) -> Seen:
+        """The padded feeds of prefill, given what the vision stage returned for all pictures of all samples."""
         rule, grids = self.facts["positions"], [s.vision.get("image_grid_thw") for s in samples]
         merge = int(rule.get("merge", 1))
         groups = [
             image_groups(s.tokens, self.facts["image_token_id"], len(s.pictures), self.facts.get("tokens_per_image"), g, merge)
             for s, g in zip(samples, grids, strict=True)
         ]
-        with _clock(timings, "encoder_ms"):
-            outputs = self._vision(samples, extra or {})
         kept = {k: v for k, v in outputs.items() if k.startswith("kept.")}
         fixed = self.facts.get("features_per_image")
         rows = [[len(g) if fixed is None else fixed for g in sample] for sample in groups]
@@ -179,7 +188,7 @@ class Session:
         made: list[list[int]] = [[] for _ in range(batch.size)]
         tokens, why = np.empty(batch.size, np.int64), "length"
         for step in range(stop.steps):
-            with _clock(timings, "first_token_ms" if step == 0 else "decode_ms"):
+            with clock(timings, "first_token_ms" if step == 0 else "decode_ms"):
                 if step:
                     if stop.full(cache):
                         why = "cache"
@@ -460,16 +469,3 @@ def _pictures(samples: Sequence[Sample], seen: Seen, kept: Mapping[str, np.ndarr
         out.append(tuple(group))
     return tuple(out)
 
-
-@contextmanager
-def _clock(timings: Timings | None, name: str) -> Iterator[None]:
-    """Add the milliseconds of the block to `name`; a list grows by one."""
-    start = time.perf_counter()
-    yield
-    ms = (time.perf_counter() - start) * 1e3
-    if timings is None:
-        return
-    if isinstance(getattr(timings, name), list):
-        getattr(timings, name).append(ms)
-    else:
-        setattr(timings, name, getattr(timings, name) + ms)
