@@ -23,7 +23,7 @@ import torch
 
 from foveate.export.artifact import Artifact
 from foveate.export.backends import find
-from foveate.export.backends.ort import TYPES
+from foveate.export.backends.ort import TYPES, scratch_bytes, share_scratch
 from foveate.export.expand import expand
 from foveate.export.onnx_contrib import plain
 from foveate.export.onnx_dialect import PORTABLE
@@ -117,9 +117,10 @@ class Attention:
         self.arrays = {i.name: _stored(feeds[i.name].numpy(), i) for i in self.session.get_inputs()}
         for name, array in self.arrays.items():
             self.io.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self.arrays |= {f"past_{name}": a for name, a in share_scratch(contrib.scratch, self.arrays).items()}
         for output in self.session.get_outputs():
             past = f"past_{output.name}"
-            if output.name not in contrib.in_place:
+            if output.name not in (*contrib.in_place, *contrib.scratch):
                 sizes = [batch if isinstance(s, str) else s for s in output.shape]
                 self.arrays[past] = np.empty(sizes, TYPES[output.type])
             array = self.arrays[past]
