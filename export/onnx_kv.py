@@ -465,7 +465,7 @@ class KVContrib(Contrib):
         made = b.op(
             "GroupQueryAttention",
             queries,
-            *([self._row(b, a, part, read) for read in part.reads] if part.grown else [_blank(b, a, held)] * 2),
+            *([self._row(b, a, part, read) for read in part.reads] if part.grown else [_blank(b, a, lengths)] * 2),
             *pasts,
             held,
             total,
@@ -632,9 +632,10 @@ def _merge(b: Builder, y: str, total: str | None, other: str, its: str | None) -
     return joined, b.op("Add", b.op("Max", total, its), b.op("Softplus", b.op("Neg", b.op("Abs", apart))))
 
 
-def _blank(b: Builder, a: Operands, held: str) -> str:
-    """A row of zeros [B, 1, G D]: the operator always appends one."""
-    return b.op("Expand", b.const(torch.zeros(1, 1, a.groups * a.width)), b.op("Concat", b.op("Shape", held), b.ints(1, 1), axis=0))
+def _blank(b: Builder, a: Operands, lengths: Node) -> str:
+    """A row of zeros [B, 1, G D], the same for all layers: the operator always appends one."""
+    shape = b.op("Concat", b.op("Shape", b(lengths), start=1, end=2), b.ints(1, 1), axis=0)
+    return b.op("Expand", b.const(torch.zeros(1, 1, a.groups * a.width)), shape)
 
 
 def _hide_last(b: Builder, held: str, total: str) -> str:
