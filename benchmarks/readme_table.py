@@ -61,8 +61,10 @@ def cache() -> list[str]:
         lines.append(f"| {name} | {' | '.join(ratios)} | {told['compression']['of_fp16'] if told else ''}{'x' if told else ''} | {points} |")
     over = max(abs(m["process_over_computed"] - 1) for m in fast["memory"].values())
     most = fast["nodes"]["float32"]["gain_if_attention_were_free"]
-    told = (f"Speed on {machine('kv_speed.json')}, load average {fast['machine']['load_average']} when it began. The process grows by the computed bytes within {100 * over:.1f}% "
-            f"(goal 5%). Attention that cost nothing would make the step {most:.1f}x as fast at {batches[0]}.")
+    told = (
+        f"Speed on {machine('kv_speed.json')}, load average {fast['machine']['load_average']} when it began. The process grows by the computed bytes "
+        f"within {100 * over:.1f}% (goal 5%). Attention that cost nothing would make the step {most:.1f}x as fast at {batches[0]}."
+    )
     return [*lines, "", told]
 
 
