@@ -3,9 +3,11 @@
     python -m benchmarks.kv_speed [--tokens 4096] [--threads 1] [--rounds 25]
 
 Goals at 4096 tokens: int8 >= 1.5x and int4 >= 1.2x the speed of float32, mixed not slower, per attention and per whole step of a model of 12
-layers and width 512; bytes of the process within 5% of the computed ones. "attention": the nodes of one layer's decode attention, cut out of the
-lowered program, caches bound in place. "step": a whole decode step. Random weights and random cache contents: no prefill is timed, and
-what a step costs does not depend on the values. Attention is compared with the eager program before it is timed.
+layers and width 512; growth of the process's memory within 5% of the computed bytes: `KVFormat.bytes`, and what a step unpacks (`scratch_bytes`).
+"attention": the nodes of one layer's decode attention, cut out of the lowered program, caches bound in place. "step": a whole decode step. "nodes":
+where a step's time goes (profiled, fastest round of every node), and what the step would gain if attention cost nothing. Random weights and random
+cache contents: no prefill is timed, and what a step costs does not depend on the values. Attention is compared with the eager program before it is
+timed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 
 from foveate.export.artifact import Artifact
 from foveate.export.backends import find
-from foveate.export.backends.ort import TYPES
+from foveate.export.backends.ort import TYPES, scratch_bytes, share_scratch
 from foveate.export.expand import expand
 from foveate.export.onnx_contrib import plain
 from foveate.export.onnx_dialect import PORTABLE
@@ -38,10 +40,12 @@ from foveate.passes import pipeline, recipe
 
 try:
     from .measure import alternate, machine, ratio, save, summary
+    from .node_profile import minima
     from .ort_vs_hf import lower
     from .shapes import SHAPES, Shape
 except ImportError:  # run as a script
     from measure import alternate, machine, ratio, save, summary
+    from node_profile import minima
     from ort_vs_hf import lower
     from shapes import SHAPES, Shape
 
@@ -117,9 +121,10 @@ class Attention:
         self.arrays = {i.name: _stored(feeds[i.name].numpy(), i) for i in self.session.get_inputs()}
         for name, array in self.arrays.items():
             self.io.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self.arrays |= {f"past_{name}": a for name, a in share_scratch(contrib.scratch, self.arrays).items()}
         for output in self.session.get_outputs():
             past = f"past_{output.name}"
-            if output.name not in contrib.in_place:
+            if output.name not in (*contrib.in_place, *contrib.scratch):
                 sizes = [batch if isinstance(s, str) else s for s in output.shape]
                 self.arrays[past] = np.empty(sizes, TYPES[output.type])
             array = self.arrays[past]
@@ -224,6 +229,25 @@ def stepper(engine: Any, cache: Any, tokens: int) -> Any:
     return step
 
 
+def nodes(engine: Any, folder: Path, cache: Any, tokens: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a step in attention, in products with weights and in all other nodes; how many nodes there are."""
+    plain, step, found = engine.sessions["decode"], stepper(engine, cache, tokens), {"attention": 0.0, "weights": 0.0, "other": 0.0}
+
+    def once(profiled: Any) -> None:
+        if engine.sessions["decode"] is not profiled:
+            engine.sessions["decode"], cache.bound = profiled, None
+        step()
+
+    try:
+        times = minima(folder / "components" / "decode.onnx", once, rounds)
+    finally:
+        engine.sessions["decode"], cache.bound = plain, None
+    for kind, ms in times.values():
+        found[{"GroupQueryAttention": "attention", "MatMul": "weights", "Gemm": "weights"}.get(kind, "other")] += ms
+    rest = found["weights"] + found["other"]
+    return {**{n: round(ms, 3) for n, ms in found.items()}, "nodes": len(times), "gain_if_attention_were_free": round((found["attention"] + rest) / rest, 3)}
+
+
 # ** memory **
 
 
@@ -237,12 +261,18 @@ def memory(program: Program, folder: Path, tokens: int, batch: int) -> dict[str,
     run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     if run.returncode:
         raise SystemExit(f"kv_speed: the memory measurement failed:\n{run.stderr[-2000:]}")
-    grown, held, want = (int(x) for x in run.stdout.split()[-3:])
-    return {"computed_mib": _mib(want), "buffers_mib": _mib(held), "process_mib": _mib(grown), "process_over_computed": round(grown / want, 4)}
+    grown, held, want, unpacked = (int(x) for x in run.stdout.split()[-4:])
+    return {
+        "computed_mib": _mib(want + unpacked),
+        "of_these_scratch_mib": _mib(unpacked),
+        "buffers_mib": _mib(held),
+        "process_mib": _mib(grown),
+        "process_over_computed": round(grown / (want + unpacked), 4),
+    }
 
 
 def measure_memory(folder: Path, tokens: int, batch: int) -> None:
-    """Prints growth of peak memory, bytes of the buffers, computed bytes (all less those of the short cache)."""
+    """Prints growth of peak memory, bytes of the buffers, computed bytes of the cache and of what a step unpacks."""
     artifact = Artifact.load(folder)
     engine = find("ort").open(artifact)
     program = Bare(artifact.manifest["kv"])
@@ -254,7 +284,8 @@ def measure_memory(folder: Path, tokens: int, batch: int) -> None:
     cache = filled_in_place(engine, program, tokens, batch)
     for _ in range(3):
         stepper(engine, cache, tokens)()
-    print(_resident("VmHWM") - before, cache.nbytes, computed(program, cache))
+    unpacked = scratch_bytes(engine.manifest["decode"]["scratch"], cache.buffers)
+    print(_resident("VmHWM") - before, cache.nbytes, computed(program, cache), unpacked)
 
 
 def _resident(field: str) -> int:
@@ -295,7 +326,7 @@ def _mib(count: int) -> float:
 def compare(shape: Shape, tokens: int, threads: int, rounds: int, batches: list[int]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     made = programs(shape)
-    record: dict[str, Any] = {"shape": shape.name, "tokens": tokens, "recipes": RECIPES, "attention": {}, "step": {}, "memory": {}}
+    record: dict[str, Any] = {"shape": shape.name, "tokens": tokens, "recipes": RECIPES, "attention": {}, "step": {}, "nodes": {}, "memory": {}}
     for batch in batches:
         layers = {name: Attention(p, tokens, batch, threads) for name, p in made.items()}
         errors = {name: layer.error() for name, layer in layers.items()}
@@ -310,6 +341,9 @@ def compare(shape: Shape, tokens: int, threads: int, rounds: int, batches: list[
             runs = {name: stepper(e, filled(e, made[name], tokens, batch), tokens) for name, e in engines.items()}
             record["step"][f"batch {batch}"] = _line(alternate(runs, rounds))
             _show(f"step, batch {batch}", record["step"][f"batch {batch}"])
+        for name, e in engines.items():
+            record["nodes"][name] = nodes(e, Path(folder) / name.replace("/", "-"), filled(e, made[name], tokens, batches[0]), tokens, 10)
+            print(f"nodes of a step, batch {batches[0]}, {name}: {record['nodes'][name]}", flush=True)
         for name, program in made.items():
             record["memory"][name] = memory(program, Path(folder) / name.replace("/", "-"), tokens, batches[-1])
             print(f"memory, batch {batches[-1]}, {name}: {record['memory'][name]}", flush=True)

@@ -59,7 +59,13 @@ def cache() -> list[str]:
         told = right["second_question"].get(answers.get(name, ""))
         points = "{difference:+.1f} ({low:+.1f} to {high:+.1f})".format(**told["points"]) if told else ""
         lines.append(f"| {name} | {' | '.join(ratios)} | {told['compression']['of_fp16'] if told else ''}{'x' if told else ''} | {points} |")
-    return lines
+    over = max(abs(m["process_over_computed"] - 1) for m in fast["memory"].values())
+    most = fast["nodes"]["float32"]["gain_if_attention_were_free"]
+    told = (
+        f"Speed on {machine('kv_speed.json')}, load average {fast['machine']['load_average']} when it began. The process grows by the computed bytes "
+        f"within {100 * over:.1f}% (goal 5%). Attention that cost nothing would make the step {most:.1f}x as fast at {batches[0]}."
+    )
+    return [*lines, "", told]
 
 
 def scaling() -> list[str]:

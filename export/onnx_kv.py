@@ -3,7 +3,8 @@
     partition of float, int8 or int4 rows,      GroupQueryAttention over a cache in place; scales, centres and balances are folded into q,
     one scale per channel                       the new rows and the output, so that the operator's own scale is 1 (its fastest kernel) and
                                                 every sample may have its own
-    int2, one scale per channel                 the same over twice the bytes, made by one multiplication (`planes`)
+    int2, one scale per channel                 the same over twice the bytes, made by one multiplication (`planes`) in memory that all layers
+                                                share (`scratch`)
     several such partitions                     one GroupQueryAttention each, their outputs weighted by log-sum-exp of their logits
     anything else (a scale per token or group,  dequantize to memory, join, attend: smaller caches, not faster steps (`notes` says so)
     other codes)
@@ -374,12 +375,15 @@ class KVContrib(Contrib):
     """`Contrib`, and the caches of codes of a stage (a copy that may be edited).
 
     notes: what became smaller but not faster, in sentences. padded: outputs of the prefill that have as many rows as the cache.
+    scratch: outputs of decode that no step reads again -> the past that they are twice as wide as; those of keys may all be bound to one memory,
+    those of values to another, and must be where the operator is to append in place.
     """
 
     def __init__(self, stage: Stage, name: str, kv: Sequence[KVLayer]) -> None:
         self.kv = {e.layer: e for e in kv}
         self.notes: list[str] = []
         self.padded: list[str] = []
+        self.scratch: dict[str, str] = {}
         super().__init__(stage, name == "decode", [e.segment for e in kv])
         if name == "prefill":
             self._pad_outputs()
@@ -429,9 +433,11 @@ class KVContrib(Contrib):
             self.notes.append(_note(a.layer, slow, bool(narrow)))
         if parts is None:
             return None
-        for part in (p for p in parts[1:] if not p.wide):  # the operator returns the cache it was given: bound to the same memory, nothing is copied
+        for part in parts:  # the operator returns the cache it was given: bound to the same memory, nothing is copied
             for which, read in zip("kv", part.reads, strict=False):
-                self.stage.add_output(f"{which}.{a.layer}{part.partition.suffix()}", read.past)
+                name = f"{which}.{a.layer}{part.partition.suffix()}"
+                for output in [f"wide.{name}", f"wide.{name}.after"] if part.wide else [name] if not part.grown else []:
+                    self.stage.add_output(output, read.past)
         return functools.partial(self._emit_parts, parts)
 
     def _emit_parts(self, parts: list[Part], b: Builder, n: Node, *operands: Any) -> str:
@@ -440,20 +446,27 @@ class KVContrib(Contrib):
         y, total = found[0]
         for other, its in found[1:]:
             y, total = _merge(b, y, total, other, its)
-        return self._put(b, n, b.op("Reshape", y, b.ints(0, 1, a.heads * a.width)), a)
+        if found[1:] or not _by_channel(a, parts[0]):
+            y = b.op("Reshape", y, b.ints(0, 1, a.heads * a.width))
+        return self._put(b, n, y, a)
 
     def _part(self, b: Builder, a: Operands, part: Part, merged: bool) -> tuple[str, str | None]:
-        """One partition -> its attention [B, G, H/G, D], and the log-sum-exp of its logits [B, G, H/G, 1] where it is merged."""
+        """One partition -> its attention [B, G, H/G, D], and the log-sum-exp of its logits [B, G, H/G, 1] where it is merged.
+
+        Alone and `_by_channel`, the attention is [B, 1, H D] as the operator gives it.
+        """
         bits = max(BITS[part.partition.code], 4) if part.partition.code != "float" else 0
         lengths, row = part.held.args[1:3]
         held = b.op("Gather", b.op("Cast", b(lengths), to=6), b.const(self.row(row) if part.grown else row, I64), axis=0)  # int32[B]
         total = b.op("Add", b.op("ReduceMax", held, b.ints(0), keepdims=1), b.const([1], I32))
+        queries = self._queries(b, a, part)
         pasts = [b(read.past) for read in part.reads]
+        pasts = [_two_planes(b, past, queries) for past in pasts] if part.wide else pasts
         made = b.op(
             "GroupQueryAttention",
-            self._queries(b, a, part),
-            *([self._row(b, a, part, read) for read in part.reads] if part.grown else [_blank(b, a, held)] * 2),
-            *([_two_planes(b, past) for past in pasts] if part.wide else pasts),
+            queries,
+            *([self._row(b, a, part, read) for read in part.reads] if part.grown else [_blank(b, a, lengths)] * 2),
+            *pasts,
             held,
             total,
             *[None] * 3,
@@ -469,9 +482,8 @@ class KVContrib(Contrib):
             qk_output=1 if merged else None,
             **({"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": bits} if bits else {}),
         )
-        if not part.wide:
-            self._returned(b, part, a, made[1:3])
-        y = self._context(b, a, part, made[0])
+        self._returned(b, part, a, pasts, made[1:3])
+        y = self._context(b, a, part, made[0], merged)
         return y, self._log_sum_exp(b, a, part, made[3], held, total) if merged else None
 
     def _spelt(self, b: Builder, a: Operands, part: Part) -> tuple[str, str]:
@@ -489,22 +501,24 @@ class KVContrib(Contrib):
         q, scale = self.flatten(b, a.q), _scale(b, part.k)
         if scale is None:
             return q
+        if _by_channel(a, part):
+            return b.op("Mul", q, _in_a_row(b, a, scale))
         q = b.op("Mul", b.op("Reshape", q, _grouped(b, a)), scale)
         if part.wide:
             q = b.op("MatMul", q, b.const(planes(a.width)[1]))
         return b.op("Reshape", q, b.ints(0, 1, a.heads * a.width))
 
-    def _context(self, b: Builder, a: Operands, part: Part, y: str) -> str:
-        """What the operator returns, in codes, as values [B, G, H/G, D]."""
-        y = b.op("Reshape", y, _grouped(b, a))
-        if part.v.scale is None:
-            return y
+    def _context(self, b: Builder, a: Operands, part: Part, y: str, merged: bool) -> str:
+        """What the operator returns, in codes, as values: [B, G, H/G, D], or [B, 1, H D] (see `_part`)."""
+        flat = _by_channel(a, part) and not merged
+        y = y if flat else b.op("Reshape", y, _grouped(b, a))
         if part.wide:
             _, inverse, offset = planes(a.width)
             y = b.op("Add", b.op("MatMul", y, b.const(inverse.T.contiguous())), b.const(offset))
-        y = b.op("Mul", y, b(part.v.scale))
-        y = y if part.v.center is None else b.op("Add", y, b(part.v.center))
-        return y if part.v.balance is None else b.op("Mul", y, b(part.v.balance))
+        for kind, state in (("Mul", part.v.scale), ("Add", part.v.center), ("Mul", part.v.balance)):
+            if state is not None:
+                y = b.op(kind, y, _in_a_row(b, a, b(state)) if flat else b(state))
+        return y
 
     def _row(self, b: Builder, a: Operands, part: Part, read: Read) -> str:
         """The new row in units of the scale, [B, 1, G D]: the operator rounds and clips it."""
@@ -514,17 +528,22 @@ class KVContrib(Contrib):
             digits = b.op("Add", b.cast(b(read.codes), torch.int8, F32), b.const(2.0, F32))
             value = b.op("Sub", b.op("MatMul", digits, b.const(planes(a.width)[0].T.contiguous())), b.const(8.0, F32))
             return b.op("Reshape", value, b.ints(0, 1, a.groups * a.width))
-        value = b.op("Reshape", self.flatten(b, read.new), b.ints(0, a.groups, 1, a.width))  # type: ignore[arg-type]
-        value = value if read.balance is None else b.op("Div", value, b(read.balance))
-        value = value if read.center is None else b.op("Sub", value, b(read.center))
-        return b.op("Reshape", b.op("Div", value, b(read.scale)), b.ints(0, 1, a.groups * a.width))
+        value = self.flatten(b, read.new)  # type: ignore[arg-type]
+        for kind, state in (("Div", read.balance), ("Sub", read.center), ("Div", read.scale)):
+            value = value if state is None else b.op(kind, value, _in_a_row(b, a, b(state)))
+        return value
 
-    def _returned(self, b: Builder, part: Part, a: Operands, present: list[str]) -> None:
-        for which, read, value in zip("kv", part.reads, present, strict=True):
+    def _returned(self, b: Builder, part: Part, a: Operands, given: list[str], present: list[str]) -> None:
+        for which, read, before, after in zip("kv", part.reads, given, present, strict=True):
             name = f"{which}.{a.layer}{part.partition.suffix()}"
-            width = int(read.past.meta["val"].shape[3])
-            b.replaced[name] = (value, ["B", a.groups, past_symbol(f"past_{name}"), width])
-            self.in_place.append(name)
+            dims = ["B", a.groups, past_symbol(f"past_{name}"), int(read.past.meta["val"].shape[3])]
+            if part.wide:
+                dims[3] *= 2
+                b.replaced |= {f"wide.{name}": (before, dims), f"wide.{name}.after": (after, dims)}
+                self.scratch |= dict.fromkeys((f"wide.{name}", f"wide.{name}.after"), f"past_{name}")
+            else:
+                b.replaced[name] = (after, dims)
+                self.in_place.append(name)
 
     def _log_sum_exp(self, b: Builder, a: Operands, part: Part, logits: str, held: str, total: str) -> str:
         """logits[B, H, 1, T] of which a sample's rows are the first  ->  [B, G, H/G, 1], by the largest probability: never below 1/T."""
@@ -540,6 +559,16 @@ class KVContrib(Contrib):
         q = b.op("Reshape", self.flatten(b, a.q), _grouped(b, a))
         shift = b.op("MatMul", q, b.op("Reshape", shift, b.ints(0, a.groups, a.width, 1)))
         return b.op("Add", found, b.op("Mul", shift, b.const(a.scale, F32)))
+
+
+def _by_channel(a: Operands, part: Part) -> bool:
+    """Do queries and outputs [B, 1, H D] meet the partition's scales channel by channel?"""
+    return a.heads == a.groups and part.partition.code in ("int8", "int4")
+
+
+def _in_a_row(b: Builder, a: Operands, state: str) -> str:
+    """[B, G, 1, D] -> [B, 1, G D]"""
+    return b.op("Reshape", state, b.ints(0, 1, a.groups * a.width))
 
 
 def _grouped(b: Builder, a: Operands) -> str:
@@ -580,8 +609,12 @@ def planes(width: int) -> tuple[Tensor, Tensor, Tensor]:
     return forward, inverse.float(), (8 * inverse.sum(1) - 2).float()
 
 
-def _two_planes(b: Builder, past: str) -> str:
-    return b.op("Concat", past, b.op("Mul", past, b.const(4, torch.uint8)), axis=3)
+def _two_planes(b: Builder, past: str, queries: str) -> str:
+    """A layer's rows as `planes` promises. The factor has its shape from the layer's queries: without them to wait for, ONNX Runtime would unpack
+    all layers first, and hold them."""
+    shape = b.op("Concat", b.op("Shape", queries, start=0, end=1), b.ints(1, 1, 1), axis=0)
+    four = b.op("Expand", b.const(torch.full((1, 1, 1, 1), 4, dtype=torch.uint8)), shape)
+    return b.op("Concat", past, b.op("Mul", past, four), axis=3)
 
 
 def _emitter(node: Node) -> Emitter:
@@ -599,9 +632,10 @@ def _merge(b: Builder, y: str, total: str | None, other: str, its: str | None) -
     return joined, b.op("Add", b.op("Max", total, its), b.op("Softplus", b.op("Neg", b.op("Abs", apart))))
 
 
-def _blank(b: Builder, a: Operands, held: str) -> str:
-    """A row of zeros [B, 1, G D]: the operator always appends one."""
-    return b.op("Expand", b.const(torch.zeros(1, 1, a.groups * a.width)), b.op("Concat", b.op("Shape", held), b.ints(1, 1), axis=0))
+def _blank(b: Builder, a: Operands, lengths: Node) -> str:
+    """A row of zeros [B, 1, G D], the same for all layers: the operator always appends one."""
+    shape = b.op("Concat", b.op("Shape", b(lengths), start=1, end=2), b.ints(1, 1), axis=0)
+    return b.op("Expand", b.const(torch.zeros(1, 1, a.groups * a.width)), shape)
 
 
 def _hide_last(b: Builder, held: str, total: str) -> str:

@@ -100,6 +100,7 @@ def _lower_stage(program: Program, name: str, folder: Path, weights: Any, settin
         }
     if name == "decode":
         made["notes"] = contrib.notes if contrib else []
+        made["scratch"] = contrib.scratch if contrib else {}
     return made
 
 
@@ -200,7 +201,7 @@ class OrtEngine(Engine):
             self._flush(cache)
         cache.grow()
         if cache.bound is None:
-            cache.bound = _Step(self._stage("decode"), cache, self.manifest["decode"]["in_place"], input_ids, position_ids)
+            cache.bound = _Step(self._stage("decode"), cache, self.manifest["decode"], input_ids, position_ids)
         return cache.bound.run(input_ids, position_ids)
 
     def _flush(self, cache: HostCache) -> None:
@@ -235,8 +236,9 @@ def _single(spec: Mapping[str, Any]) -> bool:
 class _Step:
     """The decode session bound once to the buffers of a cache: a step copies the new ids in and runs."""
 
-    def __init__(self, session: Any, cache: HostCache, in_place: Collection[str], input_ids: np.ndarray, position_ids: np.ndarray) -> None:
-        self.cache = cache
+    def __init__(self, session: Any, cache: HostCache, part: Mapping[str, Any], input_ids: np.ndarray, position_ids: np.ndarray) -> None:
+        """part: the manifest's entry of the stage."""
+        self.cache, in_place = cache, part["in_place"]
         self.binding = _Binding(session)
         self.ids, self.positions, self.slot = np.array(input_ids, np.int64), np.array(position_ids, np.int64), cache.slot.copy()
         self.lengths = {name: rows.copy() for name, rows in cache.parts.items()}
@@ -244,8 +246,11 @@ class _Step:
         for name, array in _wanted(session, feeds).items():
             self.binding.input(name, array)
         self.outputs: Arrays = {}
+        scratch = share_scratch(part["scratch"], cache.buffers)
         for output in session.get_outputs():
-            if output.name in in_place:
+            if output.name in scratch:
+                self.binding.output(output.name, scratch[output.name])
+            elif output.name in in_place:
                 self.binding.output(output.name, cache.buffers[f"past_{output.name}"])
             else:
                 shape = [
@@ -269,6 +274,24 @@ class _Step:
         cache.queries = {name: value for name, value in self.outputs.items() if name.startswith("q.")}
         cache.advance()
         return self.outputs["logits"].copy()
+
+
+def share_scratch(outputs: Mapping[str, str], pasts: Arrays) -> Arrays:
+    """Arrays for outputs that are as their past but twice as wide: all of keys over one memory, all of values over another.
+
+    Layers use it in turn: a layer is unpacked when its queries are there, and those come from the attention of the layer before.
+    """
+    memory = {which: np.empty(scratch_bytes(outputs, pasts, which), np.uint8) for which in "kv"}
+    made = {}
+    for name, past in outputs.items():
+        shape = [*pasts[past].shape[:3], 2 * pasts[past].shape[3]]
+        made[name] = memory[name.split(".")[1]][: int(np.prod(shape))].reshape(shape)
+    return made
+
+
+def scratch_bytes(outputs: Mapping[str, str], pasts: Arrays, which: str = "kv") -> int:
+    """Bytes that a step of decode needs beside the cache, for what it unpacks: twice the keys and twice the values of the largest layer."""
+    return sum(max((2 * pasts[past].nbytes for name, past in outputs.items() if name.split(".")[1] == w), default=0) for w in which)
 
 
 class _Binding:

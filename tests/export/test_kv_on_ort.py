@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
+import json
+from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +18,7 @@ from hypothesis import strategies as st
 from lowering import distance, engine, prompt, rollout, run_onnx
 
 from foveate.export.backends.eager import EagerEngine
+from foveate.export.backends.ort import scratch_bytes, share_scratch
 from foveate.export.onnx_kv import KV_OPS, KVContrib, pack_codes, planes
 from foveate.export.to_onnx import to_onnx
 from foveate.graph.capture import capture
@@ -43,6 +50,7 @@ RECIPES = [
     "kv-zipcache{hi=int8,lo=int4,sinks=1,recent=2,important=0.3,streaming_gap=4}",
     "kv-zipcache{hi=float,lo=int2,sinks=1,recent=2,important=0.3}",
     "kv-int8{layers=[1]}",
+    "kv-zipcache{sinks=1,recent=2,important=0.3,layers=[0,1]}",  # two layers unpack into the same memory
 ]
 
 
@@ -99,6 +107,39 @@ def test_the_portable_spelling_alone_equals_eager(tmp_path):
     program, eager, ort = pair("kv-zipcache{sinks=1,recent=2,important=0.3}", tmp_path, fuse=False)
     feeds = prompt(program, batch=2, visual=24, text=8, padding=3)
     assert distance(rollout(program, ort, feeds, steps=3)[0], rollout(program, eager, feeds, steps=3)[0]) < EXACT
+
+
+def test_layers_unpack_in_turn_into_the_same_memory(tmp_path):
+    """What a step unpacks is one layer's, whatever their number; ONNX Runtime unpacks a layer after the attention of the one before."""
+    program, _, ort = pair("kv-zipcache{sinks=1,recent=2,important=0.3,layers=[0,1]}", tmp_path)
+    feeds = prompt(program, batch=2, visual=24, text=8)
+    _, cache = ort.prefill(feeds, 40)
+    outputs = ort.manifest["decode"]["scratch"]
+    assert sorted(set(outputs.values())) == [f"past_{w}.{l}.lo" for w in "kv" for l in (0, 1)]
+    arrays = share_scratch(outputs, cache.buffers)
+    assert all(a.shape == (*(past := cache.buffers[outputs[n]]).shape[:3], 2 * past.shape[3]) for n, a in arrays.items())
+    for one, other in itertools.combinations(arrays, 2):
+        assert np.shares_memory(arrays[one], arrays[other]) == (one.split(".")[1] == other.split(".")[1])
+    assert scratch_bytes(outputs, cache.buffers) == sum(2 * max(cache.buffers[f"past_{w}.{l}.lo"].nbytes for l in (0, 1)) for w in "kv")
+    order = _order(next(tmp_path.rglob("decode.onnx")), lambda session: _one_step(ort, cache, session))
+    assert sorted(order[:4]) == sorted(order[4:]) == ["C", "C", "G", "G"], order
+
+
+def _order(file, run_) -> str:
+    """C for every row of codes that is joined with its other plane, G for every attention, as they ran."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(file.with_suffix(""))
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    run_(session)
+    events = [e for e in json.loads(Path(session.end_profiling()).read_text()) if e["name"].endswith("_kernel_time")]
+    joined = {n.name for n in onnx.load(file, load_external_data=False).graph.node if n.op_type == "Concat" and n.output[0].startswith("wide.")}
+    kinds = {e["name"].removesuffix("_kernel_time"): e["args"]["op_name"] for e in events}
+    return "".join("G" if kind == "GroupQueryAttention" else "C" if name in joined else "" for name, kind in kinds.items())
+
+
+def _one_step(ort, cache, session) -> None:
+    ort.sessions["decode"] = session
+    ort.decode(cache, np.full((2, 1), 1), np.full((2, 1), 32))
 
 
 def test_parallel_answers_share_a_prompt_and_go_on_alone(tmp_path):
@@ -185,15 +226,21 @@ def attention_stage(heads: int, groups: int, width: int, form: KVFormat, rows: d
     return from_exported(exported, names, ["y", "k.0", "v.0"]), names
 
 
+ROWS = 2**22  # elements of the keys of a drawn case at most, so that a case takes about a second
+
+
 @st.composite
 def cases(draw):
-    groups, ratio = draw(st.sampled_from([(1, 4), (2, 1), (2, 7), (3, 2)]))
-    width = draw(st.sampled_from([64, 80, 128, 256]))
+    """1 to 8 groups of 1 to 8 heads of 64 to 256 channels, 1 to 8192 tokens in one partition or two, 1 to 4 samples, within `ROWS`."""
+    groups, ratio = draw(st.integers(1, 8)), draw(st.integers(1, 8))
+    width = 8 * draw(st.integers(8, 32))
     first = draw(st.sampled_from(["float", "int8", "int4", "int2"]))
     second = draw(st.sampled_from(["", "int8", "int4", "int2"]))
-    centred = draw(st.booleans())
-    tokens = draw(st.sampled_from([(1, 3), (37, 5), (700, 90), (64, 2000)]))
-    return groups, ratio, width, first, second, centred, tokens, draw(st.integers(1, 3)), draw(st.integers(0, 99))
+    batch = draw(st.integers(1, 4))
+    most = min(8192, ROWS // (groups * width * batch))
+    tokens = draw(st.one_of(st.integers(1, 8), st.integers(1, most)))
+    low = draw(st.integers(0, tokens)) if second else 0
+    return groups, ratio, width, first, second, draw(st.booleans()), (tokens - low, low), batch, draw(st.integers(0, 99))
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -207,7 +254,18 @@ def test_attention_over_8192_tokens(tmp_path_factory, first):
     _check_attention(tmp_path_factory, (1, 2, 64, first, "int2", True, (6000, 2192), 1, 0))
 
 
-def _check_attention(tmp_path_factory, case) -> None:
+@pytest.mark.parametrize(("first", "centred", "more"), [("int8", False, 0), ("int4", True, 3)])
+def test_scales_meet_queries_without_splitting_heads(tmp_path_factory, first, centred, more):
+    """As many heads as groups: two products, two quotients, and reshapes of states only (and of what the graph is given and returns)."""
+    nodes = _check_attention(tmp_path_factory, (4, 1, 64, first, "", centred, (300, 0), 2, 0))
+    kinds = collections.Counter(n.op_type for n in nodes)
+    assert kinds["Mul"] == kinds["Div"] == 2 and kinds["Sub"] + kinds["Add"] - 1 == more  # 1: the number of rows
+    made = {o: n for n in nodes for o in n.output}
+    attention = next(n for n in nodes if n.op_type == "GroupQueryAttention")
+    assert [made[i].op_type for i in attention.input[:3]] == ["Mul", *(["Div"] * 2)]
+
+
+def _check_attention(tmp_path_factory, case) -> list[onnx.NodeProto]:
     groups, ratio, width, first, second, centred, tokens, batch, seed = case
     parts = [Partition(code=first, centred=centred and first != "float")]
     if second:
@@ -238,9 +296,11 @@ def _check_attention(tmp_path_factory, case) -> None:
     assert contrib.notes == []
     given_ = {n: _as_stored(packed, n, t) for n, t in feeds.items()}
     have = run_onnx(packed, given_, tmp_path_factory.mktemp("attention"), emitters=KV_OPS, at=contrib.emitters)
-    assert {"GroupQueryAttention"} == {n.op_type for n in to_onnx(packed, "s", None, KV_OPS, at=contrib.emitters).graph.node if n.domain}
+    nodes = list(to_onnx(packed, "s", None, KV_OPS, at=contrib.emitters).graph.node)
+    assert {"GroupQueryAttention"} == {n.op_type for n in nodes if n.domain}
     error = np.abs(have["y"] - want.numpy()).max() / want.abs().max()
     assert error < EXACT, case
+    return nodes
 
 
 def _as_stored(stage: Stage, name: str, value: torch.Tensor) -> torch.Tensor:
