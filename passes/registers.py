@@ -53,8 +53,15 @@ def places(visual: Tensor, valid: Tensor, visual_index: Tensor, fractions: list[
     return start.squeeze(1), index, last, F.keep_tokens(visual, old) & ~inside, held, torch.where(inside, FIRST - which, F.keep_tokens(visual_index, old))
 
 
-def insert_registers(program: Program, tokens: Node, fractions: list[float], who: str) -> None:
+def fill(y: Tensor, h: Tensor, index: Tensor, visual_index: Tensor, visual: Tensor) -> Tensor:
+    """y[B, T + M, D] with the rows h[B, T, D] at index[B, T + M] added to its registers"""
+    return y + torch.where(is_register(visual_index, visual)[..., None], F.keep_tokens(h, index), 0)
+
+
+def insert_registers(program: Program, tokens: Node, fractions: list[float], who: str, filled: bool = False) -> None:
     """Prefill reads tokens[M, D] behind the visual tokens of every sample; text keeps its positions, so decode does not change.
+
+    filled: to each is added what the visual token is whose position it takes.
 
     rewrite:
         h[B, S, D], masks, cos, sin  ->  [B, S + M, ..]: registers attend and are attended to as tokens right behind the last visual one, and are
@@ -73,6 +80,8 @@ def insert_registers(program: Program, tokens: Node, fractions: list[float], who
     for crossing in masks:
         new[crossing.node] = splice(stage, where.first, gather, crossing.node, last, valid, crossing.axes, 0)
     new[where.hidden] = splice(stage, where.first, F.insert_tokens, where.hidden, tokens, start)
+    if filled:
+        new[where.hidden] = splice(stage, where.first, fill, new[where.hidden], where.hidden, index, new_roles[2], new_roles[0])
     for crossing in where.crossings:
         for reader in crossing.readers:
             reroute(reader, crossing.node, new[crossing.node])
@@ -132,3 +141,13 @@ def _blind(mask: Tensor, visual: Tensor, visual_index: Tensor) -> Tensor:
 def scattered(count: int) -> list[float]:
     """Places in [0, 1) such that the first m of them are about evenly spread for every m: 1/2, 1/4, 3/4, 1/8, ... (van der Corput)."""
     return [sum(int(b) / 2 ** (i + 1) for i, b in enumerate(reversed(f"{j:b}"))) for j in range(1, count + 1)]
+
+
+def golden(count: int) -> list[float]:
+    """Places in [0, 1) by steps of the golden section: evenly spread for every count, and on a grid of patches over its columns too."""
+    return [(j * (5**0.5 - 1) / 2) % 1 for j in range(1, count + 1)]
+
+
+def even(count: int) -> list[float]:
+    """The middles of `count` equal parts of [0, 1)."""
+    return [(j + 0.5) / count for j in range(count)]

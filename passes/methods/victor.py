@@ -14,7 +14,7 @@ from ..cut import cut, require_visual
 from ..evict import evict_dropped
 from ..insert import Insertion
 from ..reduce import Layer, last_valid
-from ..registers import blind, insert_registers, scattered
+from ..registers import blind, even, golden, insert_registers, scattered
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,10 @@ class Victor(Insertion):
     Wen et al., "Efficient Vision-Language Models by Summarizing Visual Tokens into Compact Registers" (2024), algorithm 1. Text keeps the
     positions it had, registers take those of visual tokens spread over the image (the paper does not say). `layer` may be the number of layers: no
     cut. `registers` 0 is the control without summary. `table`: the registers are the first of so many learned ones (elastic M: one training
-    serves several). `evict_summarised_kv`: the layers before the cut give up their visual rows too. `question_blind`: no text ever attends to a
-    visual token, so what the registers hold depends on the image alone; the cache then never holds visual rows.
+    serves several). `content`: visual adds to every register the visual token whose position it takes, as LLaVA-Mini's compressed tokens are made
+    of the image; registers learn several times faster from there (docs/distill_victor.md). `evict_summarised_kv`: the layers before the cut give
+    up their visual rows too. `question_blind`: no text ever attends to a visual token, so what the registers hold depends on the image alone; the
+    cache then never holds visual rows.
     """
 
     name: ClassVar[str] = "victor"
@@ -39,7 +41,8 @@ class Victor(Insertion):
     registers: Annotated[int, Ge(0)] = 8
     layer: Layer = 3
     table: Annotated[int, Ge(0)] = 0
-    order: Literal["scattered", "even"] = "scattered"
+    order: Literal["scattered", "golden", "even"] = "scattered"
+    content: Literal["none", "visual"] = "none"
     evict_summarised_kv: bool = False
     question_blind: bool = False
 
@@ -72,11 +75,13 @@ class Victor(Insertion):
         node = self.learn(program, "prefill", first, "registers", lambda: self._initial(program, size, width))
         if size > count:
             node = splice(program["prefill"], first, lambda t: t[:count].clone(), node)
-        fractions = scattered(count) if self.order == "scattered" else [(j + 0.5) / count for j in range(count)]
-        insert_registers(program, node, fractions, self.name)
+        fractions = {"scattered": scattered, "golden": golden, "even": even}[self.order](count)
+        insert_registers(program, node, fractions, self.name, self.content == "visual")
 
     def _initial(self, program: Program, size: int, width: int) -> Tensor:
-        """Unit of scale: the table of word embeddings, whose mean row stands for no word in particular."""
+        """Nothing where visual tokens are the content; else the mean row of the word embeddings, which stands for no word, with noise of their scale."""
+        if self.content == "visual":
+            return torch.zeros(size, width)
         table = next((t for n, t in program["prefill"].module.named_parameters() if n.endswith("embed_tokens.weight") and t.device.type != "meta"), None)
         mean, scale = (table.detach().float().mean(0).cpu(), float(table.detach().float().std())) if table is not None else (torch.zeros(width), 0.02)
         return mean + self.noise("registers", size, width, std=scale)
