@@ -83,9 +83,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "blind-m32-k4": (t1(4, 32, ",content=visual,question_blind=true"), LONG),
     "elastic-k1": (t1(1), ELASTIC),
     "none-m0-k1": (t1(1, 0, ""), {}),
-    "prefusion-m8-k2": ("prefusion{registers=8,layer=2,content=visual}", {}),
-    "space-to-depth-36": (f"space-to-depth{{side=2}}, {LORA}", {"sources": 3200}),
-    "matryoshka-mix-36": (f"matryoshka-mix{{tokens=36}}, {LORA}", {"sources": 3200}),
+    "prefusion-m8-k2": ("prefusion{registers=8,layer=2,content=visual}", {"steps": 1200}),
+    "space-to-depth-36": (f"space-to-depth{{side=2}}, {LORA}", {"sources": 3200, "steps": 1200}),
+    "matryoshka-mix-36": (f"matryoshka-mix{{tokens=36}}, {LORA}", {"sources": 3200, "steps": 1200}),
     "exit-router": ("exit-router{layers=[2,4,6]}", {"sources": 640}),
     "elastic-k4": (t1(4), ELASTIC),
     "none-m0-k4": (t1(4, 0, ""), {}),
@@ -99,7 +99,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "victor-m32-k2": (t1(2, 32), LONG),
     "victor-m4-k2": (t1(2, 4), LONG),
     "victor-m16-k2": (t1(2, 16), LONG),
-    "victor-m8-k2-long": (t1(2), {"steps": 6000}),
+    "victor-m8-k2-long": (t1(2), {"steps": 5000}),
 }
 UNTRAINED = {"original": None, "attention8-k2-untrained": "drop-fastv{layer=2,keep=8}", "random8-k2-untrained": "drop-random{layer=2,keep=8}",
              "none-m0-k2-untrained": "victor{registers=0,layer=2}"}
@@ -232,7 +232,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--work", type=Path, default=ROOT / "build/distill")
     p.add_argument("--sources", type=int, default=5824)
-    p.add_argument("--steps", type=int, default=1200)
+    p.add_argument("--steps", type=int, default=800)
     p.add_argument("--items", type=int, default=612, help="test items to judge by; slices take turns")
     p.add_argument("--only", action="append", choices=[*CONFIGS, *UNTRAINED])
     p.add_argument("--data-only", action="store_true")

@@ -143,11 +143,6 @@ def scattered(count: int) -> list[float]:
     return [sum(int(b) / 2 ** (i + 1) for i, b in enumerate(reversed(f"{j:b}"))) for j in range(1, count + 1)]
 
 
-def golden(count: int) -> list[float]:
-    """Places in [0, 1) by steps of the golden section: evenly spread for every count, and on a grid of patches over its columns too."""
-    return [(j * (5**0.5 - 1) / 2) % 1 for j in range(1, count + 1)]
-
-
 def even(count: int) -> list[float]:
     """The middles of `count` equal parts of [0, 1)."""
     return [(j + 0.5) / count for j in range(count)]

@@ -14,7 +14,7 @@ from ..cut import cut, require_visual
 from ..evict import evict_dropped
 from ..insert import Insertion
 from ..reduce import Layer, last_valid
-from ..registers import blind, even, golden, insert_registers, scattered
+from ..registers import blind, even, insert_registers, scattered
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Victor(Insertion):
     registers: Annotated[int, Ge(0)] = 8
     layer: Layer = 3
     table: Annotated[int, Ge(0)] = 0
-    order: Literal["scattered", "golden", "even"] = "scattered"
+    order: Literal["scattered", "even"] = "scattered"
     content: Literal["none", "visual"] = "none"
     evict_summarised_kv: bool = False
     question_blind: bool = False
@@ -75,7 +75,7 @@ class Victor(Insertion):
         node = self.learn(program, "prefill", first, "registers", lambda: self._initial(program, size, width))
         if size > count:
             node = splice(program["prefill"], first, lambda t: t[:count].clone(), node)
-        fractions = {"scattered": scattered, "golden": golden, "even": even}[self.order](count)
+        fractions = {"scattered": scattered, "even": even}[self.order](count)
         insert_registers(program, node, fractions, self.name, self.content == "visual")
 
     def _initial(self, program: Program, size: int, width: int) -> Tensor:
