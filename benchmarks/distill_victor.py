@@ -103,6 +103,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 UNTRAINED = {"original": None, "attention8-k2-untrained": "drop-fastv{layer=2,keep=8}", "random8-k2-untrained": "drop-random{layer=2,keep=8}",
              "none-m0-k2-untrained": "victor{registers=0,layer=2}"}
+SHIPPED = {  # name in examples/testbed/learned -> the training whose weights it has
+    "victor-8": "victor-m8-k2-long",
+    "victor-blind-32": "blind-m32-k4",
+    "prefusion-8": "prefusion-m8-k2",
+    "space-to-depth-36": "space-to-depth-36",
+    "matryoshka-mix-36": "matryoshka-mix-36",
+    "exit-router": "exit-router",
+}
+LEARNED = ROOT / "examples/testbed/learned"
 RESULTS, TABLE = ROOT / "benchmarks/results/distill_victor.jsonl", ROOT / "docs/distill_victor.md"
 
 
@@ -180,6 +189,25 @@ def served(name: str, recipe: Path) -> dict[str, Any]:
     return {f"elastic-m{m}-{name.removeprefix('elastic-')}": _with(load(str(recipe)), registers=m, table=max(SIZES)) for m in SIZES}
 
 
+def ship(work: Path) -> None:
+    """Recipes and weights for the testbed's checkpoint, in half precision."""
+    from dataclasses import replace
+
+    from safetensors.torch import load_file, save_file
+
+    from foveate.passes.recipe import load
+
+    LEARNED.mkdir(exist_ok=True)
+    done = {r["name"]: r for r in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
+    for name, training in SHIPPED.items():
+        recipe, row = load(str(work / training / "recipe.yaml")), done[training]
+        told = (f"trained for examples/testbed/checkpoint on {row['rows_seen']} rows; {percent(row['overall']['score'])}% of {row['items']} test items, "
+                f"original {percent(done['original']['overall']['score'])}%")
+        (LEARNED / f"{name}.yaml").write_text(replace(recipe, name=name, description=told).yaml(), encoding="utf-8")
+        tensors = load_file(str(work / training / "weights.safetensors"))
+        save_file({n: t.half().contiguous() for n, t in tensors.items()}, str(LEARNED / f"{name}.safetensors"))
+
+
 HEAD = """
 # Learned compression by distillation on the testbed
 
@@ -238,7 +266,11 @@ def main() -> None:
     p.add_argument("--data-only", action="store_true")
     p.add_argument("--train-only", action="store_true", help="train, and judge in a later run")
     p.add_argument("--table", action="store_true")
+    p.add_argument("--ship", action="store_true", help="copy recipes and weights of finished trainings to examples/testbed/learned")
     args = p.parse_args()
+    if args.ship:
+        ship(args.work)
+        return
     if args.table:
         TABLE.write_text(table(), encoding="utf-8")
         return

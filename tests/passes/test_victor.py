@@ -73,6 +73,25 @@ def test_registers_in_place_of_the_visual_tokens_are_the_original(toy):
     helpers.close(program["prefill"].run(feed)["logits"], toy["prefill"].run(feed)["logits"], 3e-6)
 
 
+def test_registers_that_hold_the_visual_tokens_start_as_the_original(toy):
+    """k = 0, M = N, content from the image and nothing learned yet, whatever the images: batch, several per prompt, padding."""
+    for images, text in (([1], [4]), ([1, 1], [3, 5])):
+        feed = helpers.feeds(images, text, seed=2)
+        program = built(f"victor{{registers={N},layer=0,order=even,content=visual}}")
+        helpers.close(program["prefill"].run(feed)["logits"], toy["prefill"].run(feed)["logits"], 3e-6)
+
+
+def test_content_is_the_visual_token_whose_position_a_register_takes():
+    """What the registers of `content` hold at first: rows of image_features, in the order of `scattered`; a learned row is added to them."""
+    program, feed = built("victor{registers=3,layer=2,content=visual}"), helpers.feeds([1], [4], seed=2)
+    plain = built("victor{registers=3,layer=2}")
+    with torch.no_grad():
+        row = torch.randn(4, generator=torch.Generator().manual_seed(1))
+        learned(program)["learned.victor.registers"].copy_(row.expand(3, 4))
+        learned(plain)["learned.victor.registers"].copy_(feed["image_features"][0, [int(f * N) for f in scattered(3)]] + row)
+    helpers.close(program["prefill"].run(feed)["logits"], plain["prefill"].run(feed)["logits"], 3e-6)
+
+
 @pytest.mark.parametrize("text", ["victor{registers=2,layer=1}", "victor{registers=2,layer=2,question_blind=true}", "victor{registers=0,layer=1}"])
 def test_registers_see_the_image_and_the_cut_removes_it(text):
     """What the last layer returns has no visual row; the logits still depend on the image."""
@@ -218,7 +237,7 @@ def numeric(function, tensor, places, step=1e-3):
     return torch.tensor(found)
 
 
-@pytest.mark.parametrize("text", ["victor{registers=2,layer=1}", "victor{registers=2,layer=2,question_blind=true}", "lora{rank=2}",
+@pytest.mark.parametrize("text", ["victor{registers=2,layer=1,content=visual}", "victor{registers=2,layer=2,question_blind=true}", "lora{rank=2}",
                                   "victor{registers=2,layer=1}, lora{rank=2,rows=registers}"])
 def test_gradients_equal_finite_differences(text, request):
     """Through the dialect's own operators. Attention computes in float32 whatever the inputs, so a difference of two losses over 2e-3 is right to
