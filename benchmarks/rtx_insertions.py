@@ -28,6 +28,7 @@ from foveate.passes.insert import settle
 RECORD = Path(__file__).parent / "results" / "rtx_insertions.json"
 CASES = {  # name -> recipe, the stages that it changes
     "victor": ("victor{registers=8,layer=1}", ("prefill",)),
+    "victor-content": ("victor{registers=8,layer=1,content=visual}", ("prefill",)),
     "victor-blind": ("victor{registers=8,layer=1,question_blind=true}", ("prefill",)),
     "lora": ("lora{rank=4}", ("prefill", "decode")),
     "lora-registers": ("victor{registers=8,layer=1}, lora{rank=4,rows=registers}", ("prefill",)),
