@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
+import networkx as nx
 import torch
 from annotated_types import Ge
 from torch import Tensor
@@ -17,7 +18,7 @@ from ...graph.errors import GraphError
 from ...graph.kv_table import derive_kv
 from ...graph.program import Program
 from ...graph.retype import fake_mode, new_size, reroute, retype
-from ...graph.sites import layer_of, layers, same, site
+from ...graph.sites import flow, layer_of, layers, same, site
 from ...graph.splice import splice
 from ..insert import Insertion, attribute
 from ..registers import check_causal
@@ -132,9 +133,10 @@ class ContextRegisters(Insertion):
     def _words(self, program: Program, ids: Node) -> Node:
         """The prefix as the first layer would get it."""
         stage, where = program["prefill"], site(program, 0)
-        spliced = [n for n in stage.graph.nodes if n.target is F.splice_image_features.default]
+        made = {where.hidden, *nx.ancestors(flow(stage), where.hidden)}
+        spliced = [n for n in made if n.target is F.splice_image_features.default]
         if len(spliced) != 1:
-            raise self.fail(f"puts words in the place of images {len(spliced)} times in {program.facts.model_type}; it must be once")
+            raise GraphError(f"pictures come among the words {len(spliced)} times before the first layer; it must be once")
         words = replay(stage, where.first, spliced[0].args[0], {stage.placeholder("input_ids"): ids})
         return replay(stage, where.first, where.hidden, {spliced[0]: words}) if spliced[0] is not where.hidden else words
 

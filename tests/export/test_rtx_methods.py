@@ -28,8 +28,9 @@ def test_an_engine_is_built_where_tokens_bypass_a_layer(program):
 
 
 @pytest.mark.rtx
-def test_an_engine_is_built_where_the_data_decide_what_leaves():
-    row = rtx_insertions.build("exit-router")
+@pytest.mark.parametrize("name", ["exit-router", "context-registers"])  # the data decide what leaves; a second length, and an encoder
+def test_engines_are_built_of_insertions(name):
+    row = rtx_insertions.build(name)
     assert row["built"] and row["stages"] == ["prefill"], row
 
 
