@@ -78,7 +78,7 @@ class Making:
     room: int = 160
     max_new_tokens: int = 64
     packed: bool = True
-    context: Mapping[str, Any] | None = None  # the rule by which a recipe compresses a prefix (facts.context): where the sources' contexts stand
+    until: str | int | None = None  # what ends the prefix that a recipe compresses (facts.context): where the sources' contexts stand
     pixels: bool = False  # keep the processor's arrays too: for insertions in the vision stage
     target: str = "ort"  # on which the answers are generated
     batch: int = 32
@@ -243,7 +243,7 @@ class Teacher:
 
     def _sample(self, pictures: Sequence[Any], question: str, context: str) -> Any:
         """The context stands before the pictures where a prefix ends at them, else between pictures and question."""
-        first = bool(context) and self.making.context is not None and self.making.context["until"] == "image"
+        first = bool(context) and self.making.until == "image"
         front, behind = [context] * first, [*[context] * (bool(context) and not first), question]
         if getattr(self.processor, "chat_template", None):
             content = [*_text(front), *[{"type": "image"}] * len(pictures), *_text(behind)]
@@ -258,8 +258,8 @@ class Teacher:
         last = np.flatnonzero(tokens == self.facts["image_token_id"])
         if not len(last):
             raise DistillError("distill: the processor writes no image token into the prompt; visual tokens cannot be told from text")
-        end, until = int(last[-1]) + 1, (self.making.context or {}).get("until", "image")
-        if until != "image":
+        end, until = int(last[-1]) + 1, self.making.until
+        if isinstance(until, int):
             marks = np.flatnonzero(tokens == until)
             if not len(marks):
                 raise DistillError(f"distill: no token {until} ends the prefix of a prompt; let every context end with it")
@@ -372,7 +372,7 @@ class Cache:
     def build(cls, program: Program, processor: Any, data: Sequence[Source], folder: str | Path, making: Making, say: Say = lambda line: None) -> Cache:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        made = {k: v for k, v in asdict(making).items() if k not in ("batch", "target") and (k, v) != ("context", None)}
+        made = {k: v for k, v in asdict(making).items() if k not in ("batch", "target") and (k, v) != ("until", None)}
         mark = json.loads(json.dumps({"teacher": digest(program), "making": made, "sources": len(data)}))
         note = folder / "cache.json"
         if note.is_file():

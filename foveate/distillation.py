@@ -100,7 +100,7 @@ def distill(
     if not learned(trial):
         raise DistillError(f"distill: recipe {chosen.name!r} inserts no trainable tensors; insertions are e.g. victor, lora; see `foveate passes`")
     own_vision = vision_changed(program, trial)
-    making = replace(making, pixels=own_vision, context=trial.facts.context or None)
+    making = replace(making, pixels=own_vision, until=trial.facts.context.get("until"))
     check_contexts(pairs, trial)
     kept = Cache.build(program, processor, pairs, cache or folder / "teacher", making, lambda line: say("teacher", line)) if world()[0] == 0 else None
     kept = kept or Cache(Path(cache or folder / "teacher"), making, len(pairs))
