@@ -39,6 +39,7 @@ CASES = {  # name -> recipe, the stages that it changes
     "meta-tokens": ("meta-tokens{tokens=16,layer=1}", ("vision",)),
     "prefusion": ("prefusion{registers=2,layer=1}", ("prefill", "decode")),
     "exit-router": ("exit-router{layers=[1,2],hidden=8}", ("prefill",)),
+    "context-registers": ("context-registers{tokens=8,depth=1}", ("prefill",)),
     "layer-expert": ("layer-expert{layers=[1],keep=0.25}", ("prefill",)),
 }
 

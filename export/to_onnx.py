@@ -31,6 +31,7 @@ DIMS = {  # contract input -> names of its dimensions
     "attention_mask": ("B", "S"),
     "position_ids": ("B", "S"),
     "image_features": ("B", "N", None),
+    "context_ids": ("B", "context"),
     "pixel_values": ("I", "C", "Y", "X"),
 }
 

@@ -27,6 +27,7 @@ from .export.backends.base import find
 from .graph.program import Program
 from .runtime import prompts
 from .runtime.batch import Batch, Layout, assemble, image_groups, lay_out
+from .runtime.context import compressed
 from .runtime.image_cache import read
 from .runtime.result import Timings
 from .runtime.session import Session, Stop
@@ -39,14 +40,15 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Source:
-    """Pictures, and what is asked about them; every question stands alone behind the pictures."""
+    """Pictures, and what is asked about them; every question stands alone behind the pictures. context: a text that belongs to all questions."""
 
     pictures: tuple[Any, ...]
     questions: tuple[str, ...]
+    context: str = ""
 
 
 def sources(data: Any) -> list[Source]:
-    """From a data set's folder or file (see docs/judge.md), items of one, or (pictures, questions) pairs. Labels are not looked at."""
+    """From a data set's folder or file (see docs/judge.md), items of one, (pictures, questions) or (pictures, questions, context). Labels are not looked at."""
     if isinstance(data, (str, Path)):
         from .runtime.datasets import load_items
 
@@ -58,9 +60,9 @@ def sources(data: Any) -> list[Source]:
         elif hasattr(entry, "turns"):
             found.append(Source(tuple(entry.pictures()), tuple(t.question for t in entry.turns[:1])))
         else:
-            pictures, questions = entry
+            pictures, questions, *context = entry
             several = isinstance(pictures, (list, tuple))
-            found.append(Source(tuple(pictures) if several else (pictures,), (questions,) if isinstance(questions, str) else tuple(questions)))
+            found.append(Source(tuple(pictures) if several else (pictures,), (questions,) if isinstance(questions, str) else tuple(questions), *context))
     if not found:
         raise DistillError("distill: the data are empty; give pictures with at least one question each")
     if bare := [i for i, s in enumerate(found) if not s.pictures or any(p is None for p in s.pictures)]:
@@ -78,6 +80,7 @@ class Making:
     room: int = 160
     max_new_tokens: int = 64
     packed: bool = True
+    until: str | int | None = None  # what ends the prefix that a recipe compresses (facts.context): where the sources' contexts stand
     pixels: bool = False  # keep the processor's arrays too: for insertions in the vision stage
     target: str = "ort"  # on which the answers are generated
     batch: int = 32
@@ -154,6 +157,8 @@ def lay(row: Row, facts: Mapping[str, Any]) -> tuple[Layout, np.ndarray, np.ndar
     for number, s in enumerate(row.segments):
         fed = np.concatenate([s.question, s.answer[:-1]])
         part = lay_out(np.concatenate([row.beginning, fed]), groups, counts, grids, rule)
+        if facts.get("context"):
+            part = compressed(part, facts["context"], len(part.tokens) - len(fed))
         if number == 0:
             start = len(part.tokens) - len(fed)
             first = part
@@ -163,7 +168,7 @@ def lay(row: Row, facts: Mapping[str, Any]) -> tuple[Layout, np.ndarray, np.ndar
         answers.append(rank + len(s.question) - 1 + np.arange(len(s.answer)))
         texts.append(rank + np.arange(len(fed)))
         rank += len(fed)
-    layout = Layout(np.concatenate(tokens), np.concatenate(positions, -1), first.groups, 0)
+    layout = replace(first, tokens=np.concatenate(tokens), positions=np.concatenate(positions, -1), next_position=0)
     return layout, np.concatenate(segment), np.concatenate(answers), np.concatenate(texts)
 
 
@@ -202,7 +207,7 @@ class Teacher:
 
     def rows(self, source: Source) -> list[Row]:
         """The source's questions, answered, packed into rows of at most `room` text tokens."""
-        samples = [self._sample(source.pictures, q) for q in source.questions]
+        samples = [self._sample(source.pictures, q, source.context) for q in source.questions]
         starts = [self._beginning(s.tokens) for s in samples]
         feats = self._features(samples[0])
         answers = self._answers(samples, starts, feats)
@@ -238,12 +243,16 @@ class Teacher:
         self.session.close()
         self.folder.cleanup()
 
-    def _sample(self, pictures: Sequence[Any], question: str) -> Any:
+    def _sample(self, pictures: Sequence[Any], question: str, context: str) -> Any:
+        """The context stands before the pictures where a prefix ends at them, else between pictures and question."""
+        first = bool(context) and self.making.until == "image"
+        front, behind = [context] * first, [*[context] * (bool(context) and not first), question]
         if getattr(self.processor, "chat_template", None):
-            asked = prompts.requests(self.processor, list(pictures), None, [{"role": "user", "content": question}])
+            content = [*_text(front), *[{"type": "image"}] * len(pictures), *_text(behind)]
+            asked = prompts.requests(self.processor, list(pictures), None, [{"role": "user", "content": content}])
         else:
             names = prompts.placeholders(self.processor)[:1] * len(pictures)
-            asked = prompts.requests(self.processor, list(pictures), " ".join([*names, question]), None)
+            asked = prompts.requests(self.processor, list(pictures), " ".join([*front, *names, *behind]), None)
         return prompts.process(self.processor, *asked[0])
 
     def _beginning(self, tokens: np.ndarray) -> int:
@@ -251,9 +260,15 @@ class Teacher:
         last = np.flatnonzero(tokens == self.facts["image_token_id"])
         if not len(last):
             raise DistillError("distill: the processor writes no image token into the prompt; visual tokens cannot be told from text")
-        if last[-1] + 1 == len(tokens):
+        end, until = int(last[-1]) + 1, self.making.until
+        if isinstance(until, int):
+            marks = np.flatnonzero(tokens == until)
+            if not len(marks):
+                raise DistillError(f"distill: no token {until} ends the prefix of a prompt; let every context end with it")
+            end = max(end, int(marks[-1]) + 1)
+        if end == len(tokens):
             raise DistillError("distill: a prompt ends with its image, so no text row could learn from it; questions must follow the image")
-        return int(last[-1]) + 1
+        return end
 
     def _features(self, sample: Any) -> dict[str, Tensor]:
         types = {n: self.program["vision"].placeholder(n).meta["val"].dtype for n in self.program["vision"].inputs}
@@ -286,7 +301,7 @@ class Teacher:
         batch = self._assembled([self._laid(samples[0], samples[0].tokens[:start])], feats)
         room = max(len(o.tokens) for o in layouts) - start + steps
         cache = self.session.engine.prefill(batch.feeds, batch.length + room)[1].take(np.zeros(len(samples), np.int64))
-        return read(self.session, cache, layouts, self._choose, steps)[0]
+        return read(self.session, cache, layouts, [start] * len(layouts), self._choose, steps)[0]
 
     def _choose(self, logits: np.ndarray, history: Sequence[np.ndarray]) -> np.ndarray:
         """Greedy; an answer cannot bring an image."""
@@ -302,6 +317,10 @@ class Teacher:
 
     def _assembled(self, layouts: Sequence[Layout], feats: Mapping[str, Tensor]) -> Batch:
         return assemble(layouts, {n: [f.float().numpy()] * len(layouts) for n, f in feats.items()}, self.facts, _pad(self.facts))
+
+
+def _text(parts: Sequence[str]) -> list[dict[str, str]]:
+    return [{"type": "text", "text": part} for part in parts]
 
 
 def small(x: Tensor) -> Tensor:
@@ -324,8 +343,8 @@ class Cache:
     def build(cls, program: Program, processor: Any, data: Sequence[Source], folder: str | Path, making: Making, say: Say = lambda line: None) -> Cache:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        mark = json.loads(json.dumps({"teacher": digest(program), "making": {k: v for k, v in asdict(making).items() if k not in ("batch", "target")},
-                                      "sources": len(data)}))
+        made = {k: v for k, v in asdict(making).items() if k not in ("batch", "target") and (k, v) != ("until", None)}
+        mark = json.loads(json.dumps({"teacher": digest(program), "making": made, "sources": len(data)}))
         note = folder / "cache.json"
         if note.is_file():
             known = json.loads(note.read_text(encoding="utf-8"))

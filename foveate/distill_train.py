@@ -34,7 +34,8 @@ class Settings:
     batch: int = 8
     accumulate: int = 1
     lr: float = 3e-3
-    rates: Mapping[str, float] = field(default_factory=lambda: {"victor": 1e-2, "prefusion.registers": 1e-2, "prefusion": 1e-3, "meta-tokens": 1e-2})
+    rates: Mapping[str, float] = field(default_factory=lambda: {"victor": 1e-2, "prefusion.registers": 1e-2, "prefusion": 1e-3, "meta-tokens": 1e-2,
+                                                                       "context-registers": 1e-3, "context-registers.queries": 1e-2})
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
     clip: float = 1.0

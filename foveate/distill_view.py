@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from .distill_error import DistillError
 from .graph.ops import REFERENCE
 from .graph.program import Program, Stage
-from .graph.retype import fake_mode, retype
+from .graph.retype import fake_mode, new_size, retype
 from .graph.sites import layers, role, site
 from .graph.splice import splice
 
@@ -69,13 +68,10 @@ def pick(x: Tensor, rank: Tensor, rows: Tensor) -> Tensor:
 
 def _rows(stage: Stage, batch: Any, name: str) -> Tensor:
     """A fake int64[B, R] with a size of its own."""
-    mode = fake_mode(stage)
     prime = {ANSWERS: 8147, TEXTS: 8161}[name]  # no size of a model, and longer than what a comparison could be decided by
-    from torch._dynamo.source import ConstantSource
-
-    sized = mode.from_tensor(torch.zeros(prime), symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC]), source=ConstantSource(name))
-    with mode:
-        return torch.empty((batch, sized.shape[0]), dtype=torch.int64)
+    size = new_size(stage, name, prime)
+    with fake_mode(stage):
+        return torch.empty((batch, size), dtype=torch.int64)
 
 
 def _pack(stage: Stage, first: Node, segment: Node, valid: Node) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from .distill_data import Cache, Making, digest, sources
+from .distill_data import Cache, Making, Source, digest, sources
 from .distill_error import DistillError
 from .distill_train import WEIGHTS, Settings, Student, Trainer, world
 from .distill_view import training_view
@@ -100,7 +100,8 @@ def distill(
     if not learned(trial):
         raise DistillError(f"distill: recipe {chosen.name!r} inserts no trainable tensors; insertions are e.g. victor, lora; see `foveate passes`")
     own_vision = vision_changed(program, trial)
-    making = replace(making, pixels=own_vision)
+    making = replace(making, pixels=own_vision, until=trial.facts.context.get("until"))
+    check_contexts(pairs, trial)
     kept = Cache.build(program, processor, pairs, cache or folder / "teacher", making, lambda line: say("teacher", line)) if world()[0] == 0 else None
     kept = kept or Cache(Path(cache or folder / "teacher"), making, len(pairs))
     if routers := [s.rewrite for s in chosen.steps if getattr(s.rewrite, "objective", "") == "exit"]:
@@ -156,6 +157,17 @@ def vision_changed(program: Program, view: Program) -> bool:
     """Do the students see with other eyes than the teacher?"""
     learns = any(str(n.target).startswith(PREFIX) for n in view["vision"].graph.nodes if n.op == "get_attr")
     return learns or view.facts.features_per_image != program.facts.features_per_image
+
+
+def check_contexts(data: Sequence[Source], view: Program) -> None:
+    """A recipe that compresses a prefix needs one in every source; no other recipe knows what to do with it."""
+    bare = [i for i, s in enumerate(data) if bool(s.context) != bool(view.facts.context)]
+    if bare and view.facts.context:
+        raise DistillError(f"distill: {len(bare)} of {len(data)} entries have no context (first: number {bare[0]}), and this recipe compresses one; give "
+                           "(pictures, questions, context)")
+    if bare:
+        raise DistillError(f"distill: {len(bare)} of {len(data)} entries have a context (first: number {bare[0]}), and this recipe compresses none; "
+                           "see context-registers")
 
 
 def _say(program: Program) -> str:

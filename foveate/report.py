@@ -39,7 +39,7 @@ class Figures:
     @classmethod
     def of(cls, program: Program, text_tokens: int = TEXT_TOKENS, images: int = 1) -> Figures:
         N = visual_tokens(program, images)
-        sizes = {"B": 1, "S": text_tokens + N, "N": N}
+        sizes = {"B": 1, "S": text_tokens + N, "N": N, "C": 1}  # C: this prompt has no long prefix to compress
         prefill = cost(program, "prefill").at(**sizes)
         rows = {row["layer"]: row["tokens"] for row in prefill["layers"] if row["layer"] != OTHER and row["tokens"]}
         lengths = {f"P{e.layer}": _length(e.length, sizes) for e in program.kv}

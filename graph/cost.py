@@ -1,7 +1,7 @@
 """What a program costs: FLOPs, bytes moved and KV bytes per layer, as expressions of the token counts.
 
 A multiply-add counts as two FLOPs (the convention of the papers we compare with). Element-wise work is counted in bytes, not FLOPs.
-Symbols: B batch, S sequence, N visual tokens, P<l> past rows of layer l, images.
+Symbols: B batch, S sequence, N visual tokens, P<l> past rows of layer l, images, C tokens of a compressed prefix.
 """
 
 from __future__ import annotations

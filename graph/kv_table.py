@@ -13,7 +13,7 @@ from .program import KVLayer, Program, Stage
 
 def symbols(stage: Stage) -> dict[Any, str]:
     """sympy symbol -> the contract's letter, for the symbols that are a whole axis of an input (others keep their own name)."""
-    axes = {"input_ids": ("B", "S"), "image_features": ("B", "N"), "pixel_values": ("images",)}
+    axes = {"input_ids": ("B", "S"), "image_features": ("B", "N"), "pixel_values": ("images",), "context_ids": ("B", "C")}
     found: dict[Any, str] = {}
     for node in stage.graph.nodes:
         if node.op != "placeholder":

@@ -26,8 +26,21 @@ def probe(program: Program, text: tuple[int, ...] = (5, 9), images: tuple[int, .
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     three = stage.placeholder("position_ids").meta["val"].dim() == 3
     feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions[None].expand(3, -1, -1).contiguous() if three else positions}
+    if "context_ids" in stage.inputs:
+        feed |= _context(program, text, images, per_image, generator)
     for name in stage.inputs:
         if name not in feed:
             value = stage.placeholder(name).meta["val"]
             feed[name] = torch.randn(len(text), rows, value.shape[-1], generator=generator).to(value.dtype)
     return feed
+
+
+def _context(program: Program, text: tuple[int, ...], images: tuple[int, ...], per_image: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """A prefix of some tokens more than stand for it; those stand behind the pictures, as many as there is text for."""
+    count, B = int(program.facts.context["tokens"]), len(text)
+    held = torch.tensor([count + 2 + 3 * (b % 2) for b in range(B)])
+    ids = torch.randint(0, program.facts.vocab_size, (B, int(held.max())), generator=generator)
+    positions = torch.arange(ids.shape[1]).expand(B, -1).contiguous()
+    three = program["prefill"].placeholder("context_position_ids").meta["val"].dim() == 3
+    return {"context_ids": ids, "context_mask": (positions < held[:, None]).long(), "context_at": torch.tensor([1 + per_image * n for n in images]),
+            "context_position_ids": positions[None].expand(3, -1, -1).contiguous() if three else positions}

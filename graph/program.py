@@ -115,6 +115,7 @@ class Facts:
     min_visual: int = 0  # the prefill needs at least this many visual rows (the runtime pads with empty ones)
     prefill_extra: tuple[str, ...] = ()  # family inputs of prefill beyond the contract
     vision_extra: tuple[str, ...] = ()  # inputs of vision that a pass asked for and no processor makes: a text vector, a saliency map
+    context: dict[str, Any] = field(default_factory=dict)  # which text the prefill reads compressed (passes/methods/context_registers.py); {}: none
     geometry: dict[str, Any] = field(default_factory=dict)  # of a picture, baked into vision: what the processor must say of every picture
     notes: tuple[str, ...] = ()
 

@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from .errors import GraphError
 from .program import Stage
@@ -40,6 +42,12 @@ def retype(stage: Stage) -> int:
             dirty.add(node)
         node.meta["val"] = value
     return count
+
+
+def new_size(stage: Stage, name: str, example: int) -> Any:
+    """A SymInt that no input has yet, for an axis of a new input; `example` should be no size of the model."""
+    source, dynamic = ConstantSource(name), StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    return fake_mode(stage).from_tensor(torch.zeros(example), symbolic_context=dynamic, source=source).shape[0]
 
 
 def reroute(reader: Node, old: Node, new: Any) -> None:

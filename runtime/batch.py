@@ -7,13 +7,18 @@ S - N + K is the same for all samples (the contract of the prefill stage). Sampl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from .context import context_feeds
 from .errors import RunError
 from .positions import axes, position_ids
+
+
+def _nothing() -> np.ndarray:
+    return np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,9 @@ class Layout:
     positions: np.ndarray  # int64[T] or [3, T]
     groups: tuple[np.ndarray, ...]  # per image the places of its tokens
     next_position: int  # of the first generated token
+    context: np.ndarray = field(default_factory=_nothing)  # int64[C], a prefix that is read compressed and is not among the tokens
+    context_positions: np.ndarray = field(default_factory=_nothing)  # int64[C] or [3, C]
+    context_at: int = 0  # the place of the first token that waits for a latent
 
     @property
     def visual(self) -> int:
@@ -141,6 +149,8 @@ def assemble(layouts: Sequence[Layout], features: Mapping[str, Sequence[np.ndarr
         ids[b, :T], mask[b, :T] = layout.tokens, 1
         positions[:, b, :T] = layout.positions
     feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions[0] if rank == 1 else positions}
+    if (facts.get("context") or {}).get("tokens"):
+        feeds |= context_feeds(layouts, rank, S)
     for name, rows in features.items():
         feeds[name] = _pad_rows(rows, [layout.visual for layout in layouts], N, name)
     return Batch(feeds, tuple(layouts), rank)

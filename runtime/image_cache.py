@@ -58,7 +58,8 @@ class ImageCache:
             self._check(samples[0], layouts[0])
         choose = chooser(config, session.eos, [len(o.tokens) for o in layouts], seed)
         cache = self._cache.take(np.zeros(len(asked), np.int64))
-        tokens, finish = read(session, cache, layouts, choose, steps, timings)
+        begins = [_begin(o, session.facts["image_token_id"]) for o in layouts]
+        tokens, finish = read(session, cache, layouts, begins, choose, steps, timings)
         return Generation(tuple(session.text_of(t) for t in tokens), tuple(tokens), timings, {}, (), layouts, None, getattr(cache, "nbytes", None),
                           cache.clip_rate() if hasattr(cache, "clip_rate") else None, finish)
 
@@ -102,14 +103,13 @@ class ImageCache:
 TOLERANCE = 0.02  # of the logits' range: half precision stays below, a question that reads other tokens does not
 
 
-def read(session: Session, cache: Any, layouts: Sequence[Layout], choose: Any, steps: int, timings: Timings | None = None
+def read(session: Session, cache: Any, layouts: Sequence[Layout], begins: Sequence[int], choose: Any, steps: int, timings: Timings | None = None
          ) -> tuple[list[Array], tuple[str, ...]]:
-    """Feed what follows the last image token of every prompt, then answer. cache: of as many samples as layouts, all at the same length.
+    """Feed every prompt from its token `begins` on, then answer. cache: of as many samples as layouts, of what stands before, all at the same length.
 
     Questions of different lengths run side by side: at every step each feeds its own next token, of the question while there is one, else of its
     answer. Returns per sample the answer's tokens, and "stop" or "length".
     """
-    begins = [_begin(o, session.facts["image_token_id"]) for o in layouts]
     made: list[list[int]] = [[] for _ in layouts]
     history, done = [o.tokens for o in layouts], np.zeros(len(layouts), bool)
     token, step = np.array([o.tokens[b] for o, b in zip(layouts, begins, strict=True)]), 0

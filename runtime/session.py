@@ -16,6 +16,7 @@ from ..export.backends.base import find
 from ..export.errors import CacheFullError
 from . import prompts
 from .batch import Batch, assemble, image_groups, lay_out
+from .context import compressed
 from .errors import NumberError, RunError
 from .prompts import Sample
 from .result import Generation, Picture, Timings, clock
@@ -148,6 +149,8 @@ class Session:
         rows = [[len(g) if fixed is None else fixed for g in sample] for sample in groups]
         chosen = _chosen(kept, rows)
         layouts = [lay_out(s.tokens, g, r, grid, rule, c) for s, g, r, grid, c in zip(samples, groups, rows, grids, chosen, strict=True)]
+        if rule := self.facts.get("context"):
+            layouts = [compressed(layout, rule) for layout in layouts]
         features = {name: _regroup(outputs.get(name), rows, name, self._feature_width(name)) for name in self.facts["features"]}
         return Seen(assemble(layouts, features, self.facts, self.pad), kept, groups)
 

@@ -35,7 +35,13 @@ DTYPES = {
     "bool": torch.bool,
     "uint8": torch.uint8,
 }
-AXES = {"image_features": (None, "visual"), "input_ids": ("batch", "sequence"), "past_k.": ("batch", "past"), "pixel_values": ("images",)}
+AXES = {
+    "context_ids": ("batch", "context"),
+    "image_features": (None, "visual"),
+    "input_ids": ("batch", "sequence"),
+    "past_k.": ("batch", "past"),
+    "pixel_values": ("images",),
+}
 
 
 def rebuild(artifact: Artifact, target: str, **settings: Any) -> str:

@@ -34,6 +34,7 @@ class TrtOptions:
     images: Any = None  # per sample
     text: Any = None  # prompt tokens that are not visual, per sample
     visual: Any = None  # visual tokens per sample
+    context: Any = None  # tokens of a prefix that is read compressed
     sequence: Any = None
     past: Any = None  # rows of the cache
     new_tokens: int = 512
@@ -49,7 +50,7 @@ class TrtOptions:
             raise LowerError(f"trt: residual={self.residual!r} is none of {list(RESIDUALS)}")
         if self.unfused not in UNFUSED:
             raise LowerError(f"trt: unfused={self.unfused!r} is none of {list(UNFUSED)}")
-        for name in ("batch", "images", "text", "visual", "sequence", "past"):
+        for name in ("batch", "images", "text", "visual", "context", "sequence", "past"):
             as_range(name, getattr(self, name))
 
     @classmethod
@@ -83,7 +84,7 @@ def as_range(name: str, value: Any) -> Range | None:
 
 
 def axis_ranges(program: Program, options: TrtOptions) -> dict[str, Range]:
-    """B, N, S, P, I, rows -> ranges. S and P follow from images and text; each can be given outright.
+    """B, N, C, S, P, I, rows -> ranges. S and P follow from images and text; each can be given outright.
 
     A prompt is text plus visual tokens; at least two tokens, as fused attention wants.
     """
@@ -92,12 +93,13 @@ def axis_ranges(program: Program, options: TrtOptions) -> dict[str, Range]:
     batch = as_range("batch", options.batch) or (1, 1, 1)
     images = as_range("images", options.images) or (1, 1, 4)
     text = as_range("text", options.text) or (1, 64, 1024)
+    context = as_range("context", options.context) or (1, 256, 4096)
     least = max(facts.min_visual, 1)
     visual = as_range("visual", options.visual) or tuple(max(least, i * per_image) for i in images)
     sequence = as_range("sequence", options.sequence) or tuple(max(2, t + v) for t, v in zip(text, visual, strict=True))
     past = as_range("past", options.past) or (1, sequence[1], sequence[2] + options.new_tokens)
     whole = tuple(b * i for b, i in zip(batch, images, strict=True))
-    return {"B": batch, "N": visual, "S": sequence, "P": past, "I": whole, "per_image": (per_image,) * 3}  # type: ignore[dict-item]
+    return {"B": batch, "N": visual, "C": context, "S": sequence, "P": past, "I": whole, "per_image": (per_image,) * 3}  # type: ignore[dict-item]
 
 
 def symbol_ranges(stage: Stage, axes: Mapping[str, Range]) -> dict[Any, Range]:
@@ -121,6 +123,10 @@ def _axis(node: Node, axis: int, axes: Mapping[str, Range]) -> Range | None:
         return axes["BS"[axis]]
     if name == "position_ids":
         return axes["BS"[axis - (rank - 2)]]
+    if name == "context_position_ids":
+        return axes["BC"[axis - (rank - 2)]]
+    if name.startswith("context_"):
+        return axes["BC"[axis]]
     if name.partition(".")[0] == "lengths":
         return axes["B"]
     if name.startswith("conv."):

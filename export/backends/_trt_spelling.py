@@ -51,11 +51,12 @@ BODIES: dict[Any, None] = dict.fromkeys(SELECT)
 def respell(program: Program, batch_one: bool) -> None:
     """Rewrite the attention of every stage, and lay the cache out token-major."""
     for name, stage in program.stages.items():
+        chosen = any(n.target is COMPACT for n in stage.graph.nodes)
         _Respelling(stage, decode=name == "decode", batch_one=batch_one).run()
         if name == "decode":
             write_tables(stage)
         if name == "prefill" and batch_one:
-            double_last_row(stage)
+            double_last_row(stage, chosen)
         if name != "vision":
             lay_out(stage, program.kv)
         stage.graph.eliminate_dead_code()
@@ -309,14 +310,16 @@ def _from_positions(stage: Stage) -> set[Node]:
 # ** the last row **
 
 
-def double_last_row(stage: Stage) -> None:
+def double_last_row(stage: Stage, chosen: bool) -> None:
     """Behind a cut the row that predicts is computed twice: one row against a matrix becomes a sum that Myelin cannot build over a length
-    that is
-    a difference ("CHECK(is_const())"); two rows are a matrix product, which reads the same weights once."""
+    that is a difference, nor over rows that were gathered where `chosen` tokens leave or bypass a layer and the length stays
+    ("CHECK(is_const())"); two rows are a matrix product, which reads the same weights once."""
     ids = next((n for n in stage.graph.nodes if n.op == "placeholder" and n.meta.get("name", n.name) == "input_ids"), None)
     last = [n for n in stage.graph.nodes if n.op == "call_function" and n.target is LAST]
     logits = stage.output_nodes.get("logits")
-    if ids is None or logits is None or len(last) != 1 or str(last[0].args[0].meta["val"].shape[1]) == str(ids.meta["val"].shape[1]):
+    if ids is None or logits is None or len(last) != 1:
+        return
+    if not chosen and str(last[0].args[0].meta["val"].shape[1]) == str(ids.meta["val"].shape[1]):
         return
     row, out = last[0], next(n for n in reversed(stage.graph.nodes) if n.op == "output")
     readers = list(row.users)

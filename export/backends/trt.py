@@ -38,6 +38,7 @@ DEFAULTS = {  # as in TrtOptions; written out so that listing targets needs no t
     "images": None,
     "text": None,
     "visual": None,
+    "context": None,
     "sequence": None,
     "past": None,
     "new_tokens": 512,

@@ -266,6 +266,32 @@ def test_exit_routers_learn_which_questions_need_their_image(teacher, tmp_path):
     assert threshold(torch.tensor([3.0, 2.0]), torch.tensor([False, True])) == 4.0
 
 
+MARK = checkpoints.WORDS.index("p")
+
+
+@pytest.mark.parametrize("until", ["image", MARK])
+def test_a_context_is_compressed_where_its_rule_says(tmp_path, until):
+    """The teacher reads the whole context, the student its latents: the loss falls, and the engine says what was trained."""
+    program, processor = captured()
+    end = "p " if until == MARK else ""
+    data = [(p, q[:2], f"the image is red and blue . a b c the thing is a thing of colour {end}") for p, q in pictures(6)]
+    done = foveate.distill(program, data, f"context-registers{{tokens=2,depth=1,until={until}}}", processor=processor, output=tmp_path / "run",
+                           **{**TRAINING, "steps": 24, "lr": 2e-2, "rates": {}})
+    losses = [loss for _, loss in curve(done.folder)]
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+    model = foveate.optimize_model(str(checkpoints.tiny_llava()), str(done.recipe), weights=done.weights, output=tmp_path / "artifact")
+    text = {"type": "text", "text": data[0][2]}
+    chat = [{"role": "user", "content": [*[text] * (until == "image"), {"type": "image"}, *[text] * (until == MARK), {"type": "text", "text": QUESTIONS[0]}]}]
+    said = model.generate(data[0][0], messages=chat, max_new_tokens=4)
+    assert len(said.layouts[0].context) > 10
+    student = pipeline.run(program.clone(), recipe.load(str(done.recipe)))
+    load_weights(student, done.weights)
+    feed = {n: torch.from_numpy(a) for n, a in model.session.encode(model.session.prepare(data[0][0], None, chat)).batch.feeds.items()}
+    out = student["prefill"].run(feed)
+    assert int(out["logits"].argmax()) == said.tokens[0][0]
+    assert out["kv_lengths"][0].tolist() == [len(said.layouts[0].tokens)]  # what the cache holds: no token of the context
+
+
 # ---- the cache
 
 
@@ -316,6 +342,18 @@ def test_data_that_cannot_teach(tmp_path, data, message):
     program, processor = captured()
     with pytest.raises(foveate.DistillError, match=message):
         foveate.distill(program, data, "victor{registers=2,layer=1}", processor=processor, output=tmp_path)
+
+
+@pytest.mark.parametrize(("text", "context", "message"), [
+    ("context-registers{tokens=2,depth=1}", [], r"2 of 2 entries have no context \(first: number 0\), and this recipe compresses one"),
+    ("victor{registers=2,layer=1}", ["a b c"], r"2 of 2 entries have a context \(first: number 0\), and this recipe compresses none"),
+    ("context-registers{tokens=2,depth=1,until=300}", ["a b c"], r"until=300 is no token that could end a text"),
+    (f"context-registers{{tokens=2,depth=1,until={MARK}}}", ["a b c"], f"no token {MARK} ends the prefix of a prompt"),
+])
+def test_contexts_that_a_recipe_cannot_use(tmp_path, text, context, message):
+    program, processor = captured()
+    with pytest.raises((foveate.DistillError, PassError), match=message):
+        foveate.distill(program, [(p, q, *context) for p, q in pictures(2)], text, processor=processor, output=tmp_path, **TRAINING)
 
 
 def test_teacher_and_student_of_different_models(tmp_path):

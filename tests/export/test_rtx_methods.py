@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import rtx_methods
+from benchmarks import rtx_insertions, rtx_methods
 from foveate.passes.base import make
 
 
@@ -18,6 +18,20 @@ def program():
 def test_engines_are_built_for_the_stage_that_a_method_rewrites(program, name):
     row = rtx_methods.build(program, name)
     assert row["built"] and row["stage"] == "vision" and row["megabytes"] > 0.1, row
+
+
+@pytest.mark.rtx
+def test_an_engine_is_built_where_tokens_bypass_a_layer(program):
+    """The length stays, the rows are gathered: what the builder's check `is_const()` failed on before the last row was doubled."""
+    row = rtx_methods.build(program, "bypass-mod")
+    assert row["built"] and row["stage"] == "prefill", row
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("name", ["exit-router", "context-registers"])  # the data decide what leaves; a second length, and an encoder
+def test_engines_are_built_of_insertions(name):
+    row = rtx_insertions.build(name)
+    assert row["built"] and row["stages"] == ["prefill"], row
 
 
 def test_every_method_is_fitted_to_the_small_model():

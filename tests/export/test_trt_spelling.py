@@ -12,7 +12,7 @@ from helpers import IMAGE, toy
 
 from foveate.export.backends import find
 from foveate.export.backends._trt_options import TrtOptions
-from foveate.export.backends._trt_spelling import ATTENTION, is_padding, respell
+from foveate.export.backends._trt_spelling import ATTENTION, BODIES, is_padding, respell
 from foveate.export.backends.trt import prepare
 from foveate.export.errors import LowerError
 from foveate.export.onnx_weights import WeightFile
@@ -160,6 +160,34 @@ def test_the_toy_agrees_in_float32_after_a_cut(recipe):
     spelt = to_precision(program, "float32")
     respell(spelt, batch_one=True)
     agree(spelt["prefill"].run(feeds), want, CLOSE)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["bypass-mod{layers=[1],keep=3}", "layer-expert{layers=[1],keep=3}", "exit-router{layers=[1],hidden=2,threshold=-5}"]
+)
+def test_where_tokens_leave_and_the_length_stays_the_last_row_is_two(recipe, tmp_path):
+    """The file that TensorRT parses, on ONNX Runtime, against the graphs before they were respelt; a threshold of -5 lets everybody exit."""
+    torch.manual_seed(3)
+    program, ids = toy(3), torch.tensor([[1, *[IMAGE] * 6, 2, 3, 4]])
+    feeds = {"input_ids": ids, "image_features": torch.randn(1, 6, 4), "position_ids": torch.arange(10)[None], "attention_mask": torch.ones_like(ids)}
+    whole = program["prefill"].run(feeds)
+    run(program, load(recipe))
+    want = program["prefill"].run(feeds)
+    assert (want["logits"] - whole["logits"]).abs().max() > 1e-3
+    spelt = to_precision(program, "float32")
+    respell(spelt, batch_one=True)
+    stage = spelt["prefill"]
+    assert sum(n.target is torch.ops.aten.cat.default and n.args[0][0] is n.args[0][-1] for n in stage.graph.nodes) == 1
+    with WeightFile(tmp_path / "weights.bin") as weights:
+        onnx.save_model(to_onnx(stage, "prefill", weights, emitters=BODIES), str(tmp_path / "prefill.onnx"))
+    session = ort.InferenceSession(str(tmp_path / "prefill.onnx"), providers=["CPUExecutionProvider"])
+    used = {i.name for i in session.get_inputs()}
+    values = session.run(stage.outputs, {n: v.numpy() for n, v in feeds.items() if n in used})
+    got = {n: torch.from_numpy(np.asarray(v)) for n, v in zip(stage.outputs, values, strict=True)}
+    for layer, (rows,) in enumerate(want["kv_lengths"].tolist()):  # what lies behind the valid rows of a cache is anything
+        for name in (f"k.{layer}", f"v.{layer}"):
+            want[name], got[name] = want[name][:, :, :rows], got[name][:, :rows]
+    agree(got, want, CLOSE)
 
 
 # ** real engines, built without a GPU **

@@ -30,6 +30,7 @@ CASES = {  # on a tiny LLaVA: 4 x 4 patches of 32 channels, 3 decoder layers of 
     "prefusion": "prefusion{registers=2,layer=1}",
     "exit-router": "exit-router{layers=[1,2],hidden=4}",
     "layer-expert": "layer-expert{layers=[1],keep=4}",
+    "context-registers": "context-registers{tokens=2,depth=1}",
 }
 ALL = [n for n, p in discover().items() if issubclass(p, Insertion)]
 
