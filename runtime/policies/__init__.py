@@ -17,6 +17,6 @@ from .calibrate import Calibration
 from .coarse_to_fine import CoarseToFine
 from .density_budget import DensityBudget
 from .policy import Answer, Policy, Run
-from .saved import load_policy
+from .saved import load_policy, opened
 
-__all__ = ["Answer", "Calibration", "CoarseToFine", "DensityBudget", "Policy", "Run", "load_policy"]
+__all__ = ["Answer", "Calibration", "CoarseToFine", "DensityBudget", "Policy", "Run", "load_policy", "opened"]

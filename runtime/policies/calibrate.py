@@ -88,7 +88,7 @@ def follow(policy: Policy, data: Sequence[Any], teacher: Session | None, batch: 
     answers, signal, flops = [], [], []
     for k in range(len(policy.buckets)):
         progress(f"bucket {k + 1} of {len(policy.buckets)}: {len(data)} requests")
-        forced = type(policy)(policy.buckets, always(policy, k), **{n: getattr(policy, n) for n in policy.settings})
+        forced = type(policy)(policy.buckets, policy.always(k), **{n: getattr(policy, n) for n in policy.settings})
         made = [forced.generate(*images, **rest, max_new_tokens=max_new_tokens, do_sample=False) for images, rest in batches(policy, data, batch)]
         answers.append([t.tolist() for m in made for t in m.tokens])
         signal.append([c for m in made for c in m.confidence])
@@ -104,15 +104,6 @@ def follow(policy: Policy, data: Sequence[Any], teacher: Session | None, batch: 
     steps = np.mean([len(t) - 1 for t in answers[last]])
     alone = policy.prices[last].total + policy.prices[last].decode * steps
     return Trace(np.array(signal[:last], float), agree, np.array(flops), float(alone))
-
-
-def always(policy: Policy, bucket: int) -> list[float]:
-    """Thresholds with which this bucket answers every request."""
-    ends = (-np.inf, np.inf)
-    for thresholds in itertools.product(ends, repeat=len(policy.buckets) - 1):
-        if policy.bucket_of(np.zeros((len(thresholds), 1)), thresholds)[0] == bucket and list(thresholds) in (sorted(thresholds), sorted(thresholds)[::-1]):
-            return list(thresholds)
-    raise AssertionError("every bucket can be reached by thresholds at their ends")
 
 
 def fit(policy: Policy, trace: Trace, agreement: float | None, cost: float | None) -> list[float]:
@@ -167,4 +158,4 @@ def _said(policy: Policy, questions: Sequence[Any]) -> dict[str, Any]:
     return {"messages": [[{"role": "user", "content": q}] if isinstance(q, str) else q for q in questions]}
 
 
-__all__ = ["Calibration", "Trace", "always", "calibrate", "fit", "follow"]
+__all__ = ["Calibration", "Trace", "calibrate", "fit", "follow"]

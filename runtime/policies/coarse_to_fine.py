@@ -63,6 +63,9 @@ class CoarseToFine(Policy):
         sure = signal >= np.asarray(thresholds)[:, None]
         return np.where(sure.any(0), sure.argmax(0), len(thresholds))
 
+    def always(self, bucket: int) -> list[float]:
+        return [np.inf] * bucket + [-np.inf] * (len(self.buckets) - 1 - bucket)
+
     def decide(self, requests: list[Request], asked: Asked, thresholds: Sequence[float]) -> None:
         left, known = list(requests), Known()
         for bucket in range(len(self.buckets)):

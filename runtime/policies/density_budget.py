@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -41,6 +40,9 @@ class DensityBudget(Policy):
 
     def bucket_of(self, signal: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
         return (signal >= np.asarray(thresholds)[:, None]).sum(0)
+
+    def always(self, bucket: int) -> list[float]:
+        return [-np.inf] * bucket + [np.inf] * (len(self.buckets) - 1 - bucket)
 
     def decide(self, requests: list[Request], asked: Asked, thresholds: Sequence[float]) -> None:
         values, seen = self.measure(requests, asked)

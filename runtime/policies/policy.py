@@ -122,6 +122,10 @@ class Policy(ABC):
     def bucket_of(self, signal: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
         """signal[thresholds, n] -> the bucket that answers, [n]"""
 
+    @abstractmethod
+    def always(self, bucket: int) -> list[float]:
+        """Thresholds with which this bucket answers every request."""
+
     # -- the main job
 
     def generate(

@@ -13,7 +13,7 @@ import yaml
 
 from ...export.artifact import MANIFEST
 from ..errors import RunError
-from ..session import load
+from ..session import Session, load
 from .calibrate import Calibration
 from .coarse_to_fine import CoarseToFine
 from .density_budget import DensityBudget
@@ -70,6 +70,11 @@ def load_policy(path: str | Path, verify: bool = True) -> Policy:
     return policy
 
 
+def opened(path: str | Path, verify: bool = True) -> Session | Policy:
+    """An artifact folder or a policy file, ready to `generate`."""
+    return load_policy(path, verify) if Path(path).is_file() else load(path, verify)
+
+
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -89,4 +94,4 @@ def digest(artifact: Path) -> str:
     return hashlib.sha256((artifact / MANIFEST).read_bytes()).hexdigest()
 
 
-__all__ = ["KINDS", "load_policy", "save"]
+__all__ = ["KINDS", "load_policy", "opened", "save"]
