@@ -3,7 +3,7 @@
 in:  opened artifacts (`Session`), cheapest first: the buckets
 out: `policy.generate(...)` as a session has it, with the bucket that answered, how sure it was, and the cost of all runs
 
-    policy.py          what all policies share: checks, prices, groups of a batch, one result
+    policy.py          what all policies share: groups of a batch, one result;  buckets.py  prices and checks of the artifacts
     coarse_to_fine.py  the cheap bucket answers; where it is unsure, a finer one is asked, or the region it looked at is shown again
     density_budget.py  the bucket is chosen by how much there is to see, before the language model runs
     region.py          the most attended region of a picture;  density.py  figures of how much a picture holds
@@ -13,10 +13,11 @@ out: `policy.generate(...)` as a session has it, with the bucket that answered, 
 A policy is a class on `Policy` with `name`, `decide` and `bucket_of`; its thresholds come from `calibrate`.
 """
 
+from .buckets import Run
 from .calibrate import Calibration
 from .coarse_to_fine import CoarseToFine
 from .density_budget import DensityBudget
-from .policy import Answer, Policy, Run
+from .policy import Answer, Policy
 from .saved import load_policy, opened
 
 __all__ = ["Answer", "Calibration", "CoarseToFine", "DensityBudget", "Policy", "Run", "load_policy", "opened"]

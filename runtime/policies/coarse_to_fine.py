@@ -13,7 +13,8 @@ from ..evaluate import log_softmax
 from ..prompts import Sample, placeholders, process
 from ..sampling import Choose
 from ..session import Read, Seen, Session, _pictures
-from .policy import Asked, Policy, Request, Run, title
+from .buckets import Run, title
+from .policy import Asked, Policy, Request
 from .region import box_of
 
 MEASURES = ("margin", "probability", "entropy")

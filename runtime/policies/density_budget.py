@@ -10,8 +10,9 @@ import numpy as np
 
 from ..errors import RunError
 from ..session import Seen, Session
+from .buckets import Run
 from .density import FROM_PICTURE, SIGNALS, densest, of_features, of_picture
-from .policy import Asked, Policy, Request, Run
+from .policy import Asked, Policy, Request
 
 
 class DensityBudget(Policy):

@@ -15,44 +15,7 @@ from ..prompts import Sample
 from ..result import Generation, Timings
 from ..sampling import Choose, chooser
 from ..session import Read, Seen, Session, Stop, Stream, _clock, _pictures
-
-SAME_MODEL = ("model_type", "layers", "image_token_id", "eos_token_ids", "features")  # facts that artifacts of one model have in common
-SAME_FILES = ("config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json", "chat_template.jinja")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One request through one bucket."""
-
-    bucket: int
-    vision: bool = True  # False: the features of an earlier run of the request were taken
-    prefill: bool = True  # False: the vision stage alone, to measure what there is to see
-    steps: int = 0  # decode steps
-    scale: float = 1.0  # pictures read / pictures of the request
-
-
-@dataclass(frozen=True)
-class Price:
-    """FLOPs of the artifact's own forecast: one picture, one prompt, one token."""
-
-    vision: int
-    prefill: int
-    decode: int
-
-    @classmethod
-    def of(cls, session: Session) -> Price:
-        after = ((session.manifest.get("cost") or {}).get("after")) or {}
-        try:
-            return cls(*(int(after[f"{stage}_flops"]) for stage in ("vision", "prefill", "decode")))
-        except KeyError:
-            raise RunError(f"policy: {title(session)} has no forecast of its cost; optimize the model again with this version") from None
-
-    @property
-    def total(self) -> int:
-        return self.vision + self.prefill
-
-    def flops(self, run: Run) -> float:
-        return run.scale * (self.vision * run.vision + self.prefill * run.prefill) + self.decode * run.steps
+from .buckets import Run, check, vision_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +31,8 @@ class Answer(Generation):
     flops: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        how = {"buckets": list(self.buckets), "confidence": list(self.confidence), "runs": [[vars(r) for r in runs] for runs in self.runs]}
+        sure = [c if c is not None and np.isfinite(c) else None for c in self.confidence]
+        how = {"buckets": list(self.buckets), "confidence": sure, "runs": [[vars(r) for r in runs] for runs in self.runs]}
         return {**super().as_dict(), **how, "flops": list(self.flops)}
 
 
@@ -78,6 +42,7 @@ class Request:
 
     sample: Sample  # as the next bucket is asked
     original: Sample
+    rows: range  # its pictures among those of the call
     runs: list[Run] = field(default_factory=list)
     measured: float | None = None
     said: dict[str, Any] = field(default_factory=dict)  # its row of the result
@@ -92,6 +57,7 @@ class Asked:
     limit: int | None
     seed: int | None
     extra: Mapping[str, Any]
+    pictures: int
     copies: int
     timings: Timings
     stream: Stream | None
@@ -154,8 +120,10 @@ class Policy(ABC):
         with _clock(timings, "preprocess_ms"):
             samples = first.prepare(images, prompt, messages)
         stream = Stream(streamer, first.tokenizer, len(samples) * num_return_sequences) if streamer is not None else None
-        asked = Asked(first._config(options), first._budget(max_new_tokens), max_cache_tokens, seed, extra or {}, num_return_sequences, timings, stream)
-        requests = [Request(s, s) for s in samples]
+        ends = np.cumsum([0, *(len(s.pictures) for s in samples)]).tolist()
+        requests = [Request(s, s, range(*ends[i : i + 2])) for i, s in enumerate(samples)]
+        config, steps = first._config(options), first._budget(max_new_tokens)
+        asked = Asked(config, steps, max_cache_tokens, seed, extra or {}, ends[-1], num_return_sequences, timings, stream)
         self.decide(requests, asked, self.thresholds)
         return self._together(requests, timings)
 
@@ -163,8 +131,10 @@ class Policy(ABC):
 
     def see(self, bucket: int, requests: Sequence[Request], samples: Sequence[Sample], asked: Asked) -> Seen:
         """The vision stage of a bucket."""
-        session, wanted = self.buckets[bucket], self.buckets[bucket].facts.get("vision_extra") or ()
-        return session.encode(samples, asked.timings, {n: a for n, a in asked.extra.items() if n in wanted})
+        session, rows = self.buckets[bucket], [i for r in requests for i in r.rows]
+        wanted = {n: np.asarray(a) for n, a in asked.extra.items() if n in (session.facts.get("vision_extra") or ())}
+        own = {n: a[rows] if a.ndim > 1 and len(a) == asked.pictures else a for n, a in wanted.items()}  # a row per picture, or one for all
+        return session.encode(samples, asked.timings, own)
 
     def read(self, bucket: int, samples: Sequence[Sample], seen: Seen, asked: Asked) -> Read:
         session = self.buckets[bucket]
@@ -258,49 +228,6 @@ class Policy(ABC):
             runs=tuple(tuple(r.runs) for r in requests),
             flops=tuple(self.flops(r.runs) for r in requests),
         )
-
-
-# -- checks
-
-
-def check(buckets: Sequence[Session]) -> tuple[Price, ...]:
-    """The prices of buckets that a policy can be made of: two or more, of one model, none cheaper than the one before."""
-    if len(buckets) < 2:
-        raise RunError(f"policy: it chooses among artifacts, so it needs at least two of them, {len(buckets)} given")
-    for other in buckets[1:]:
-        if differs := [k for k, v in identity(buckets[0]).items() if identity(other)[k] != v]:
-            raise RunError(f"policy: {title(buckets[0])} and {title(other)} are artifacts of different models: they differ in {', '.join(differs)}")
-    prices = tuple(Price.of(b) for b in buckets)
-    for k in range(1, len(buckets)):
-        if prices[k].total < prices[k - 1].total:
-            raise RunError(
-                f"policy: artifacts must be given cheapest first, and {title(buckets[k])} ({prices[k].total / 1e9:.3f} GFLOPs) is cheaper than "
-                f"{title(buckets[k - 1])} ({prices[k - 1].total / 1e9:.3f} GFLOPs) before it"
-            )
-    return prices
-
-
-def identity(session: Session) -> dict[str, Any]:
-    """What artifacts of one model have in common, by name."""
-    files = session.manifest.get("files") or {}
-    return {n: session.facts.get(n) for n in SAME_MODEL} | {n: (files.get(n) or {}).get("sha256") for n in SAME_FILES}
-
-
-def vision_of(session: Session) -> Any:
-    """Equal for sessions whose vision stages are the same graph on the same weights."""
-    files, components = session.manifest.get("files") or {}, session.manifest["components"]
-    graphs = {c.get("file") for c in components.values()}
-    own = components["vision"].get("file")
-    if own not in files:
-        return id(session)
-    folder = own.rpartition("/")[0]
-    data = [(n, e["sha256"]) for n, e in files.items() if n.startswith(f"{folder}/") and n not in graphs]  # weights beside the graphs
-    facts = [session.facts.get(n) for n in ("features", "features_per_image", "vision_extra", "positions")]
-    return files[own]["sha256"], repr(sorted(data)), repr(facts)
-
-
-def title(session: Session) -> str:
-    return session.path.name if session.path else "an artifact"
 
 
 def _per_image(seen: Seen, row: int) -> dict[str, np.ndarray]:

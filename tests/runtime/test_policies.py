@@ -224,7 +224,7 @@ def test_a_saved_policy_is_the_same_policy(folder, opened, tmp_path):
     with pytest.raises(RunError, match=r"middle is not the artifact that policy.yaml was calibrated with"):
         load_policy(moved / "policy.yaml")
     shutil.rmtree(moved / "middle")
-    with pytest.raises(RunError, match="names the artifact .*middle, and there is none"):
+    with pytest.raises(RunError, match=r"names the artifact .*middle, and there is none"):
         load_policy(moved / "policy.yaml")
 
 
@@ -247,6 +247,24 @@ def test_command_line(folder, tmp_path, capsys):
         capsys.readouterr()
         assert execute([*given, *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+# -- inputs from outside
+
+
+def test_extra_inputs_reach_the_pictures_that_they_are_of():
+    cheap, fine = fake(100, vision_extra=["text"]), fake(200, vision_extra=["text"])
+    given = []
+    for session in (cheap, fine):
+        session.manifest["components"]["vision"]["inputs"].append({"name": "text", "dtype": "float32", "shape": ["images", 2]})
+        run = session.engine.vision
+        session.engine.vision = lambda feeds, run=run: (given.append(feeds["text"].tolist()), run(feeds))[1]
+    reds = [Image.new("RGB", (8, 8), (r, 0, 0)) for r in (10, 40, 20)]
+    rows = np.arange(6).reshape(3, 2)
+    policy = DensityBudget([cheap, fine], [0.5], signal="edges")
+    noisy = pictures()[5]
+    policy.generate([[reds[0], noisy], reds[2]], ["<image> <image> what ?", "<image> what ?"], max_new_tokens=1, extra={"text": rows})
+    assert given == [[[4.0, 5.0]], [[0.0, 1.0], [2.0, 3.0]]], "the plain picture's row to the cheap artifact, the others' to the fine one"
 
 
 # -- refusals
