@@ -126,6 +126,7 @@ def collect(work: Path, name: str, split: str, count: int) -> Said:
         for at in range(0, count, BATCH):
             rows += _asked(session, items[at : at + BATCH])
         path.write_text(json.dumps(rows))
+        print(f"{name}: asked the {count} first questions of {split}", flush=True)
     rows = json.loads(path.read_text())
     columns = {k: [r[k] for r in rows] for k in rows[0]}
     arrays = [{n: np.array([v[n] for v in columns[k]]) for n in columns[k][0]} for k in ("sure", "dense")]
