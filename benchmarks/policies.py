@@ -54,6 +54,7 @@ RECIPES = {
 }
 COSTS = (0.34, 0.4, 0.45, 0.5, 0.55, 0.6)  # mean FLOPs that are asked for, shares of the unreduced model's
 VAL, TEST, BATCH = 612, 612, 18
+CROPPED = 306  # val items that variants with a crop are asked
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def run(work: Path) -> None:
     for plan in PLANS:
         policy, crop = plan.open(work), plan.options.get("mode", "finer") != "finer"
         if crop:
-            data = [(i.images, messages(i, [])) for i in make_data.items("val", VAL)]
+            data = [(i.images, messages(i, [])) for i in make_data.items("val", CROPPED)]
             trace = follow(policy, data, None, BATCH, ROOM, lambda line: None)
         else:
             trace = trace_of(policy, [collect(work, b, "val", VAL) for b in plan.buckets], none["val"].tokens)
@@ -240,7 +241,8 @@ def run(work: Path) -> None:
                 row["test"] = on_test(plan.open(work, thresholds), [collect(work, b, "test", TEST) for b in plan.buckets], none["test"], test)
             rows.append(row)
         alone = [round(float(a), 4) for a in trace.agree.mean(1)]
-        found = {"policy": plan.kind.name, "buckets": [RECIPES[b] for b in plan.buckets], **plan.options, "alone": alone, "points": rows}
+        about = {"policy": plan.kind.name, "buckets": [RECIPES[b] for b in plan.buckets], **plan.options}
+        found = {**about, "val_items": trace.agree.shape[1], "alone": alone, "points": rows}
         record["policies" if plan.main else "variants"][plan.name] = found
         print(f"{plan.name}: " + "  ".join(f"{r['asked']}: {100 * r['val']['agreement']:.1f}%" + _test(r, test) for r in rows), flush=True)
     save("policies", record)

@@ -64,8 +64,8 @@ def calibrate(
     """The policy with thresholds: of least mean cost at which at least the share `agreement` of the answers is the teacher's; or of most
     agreement at a mean cost of at most `cost`, a share of what the finest bucket costs alone.
 
-    data: items of a data set (their first questions; references are not read) or pairs (pictures, question or messages). teacher: the last bucket
-    when None. The share is met on this data; on other data it is met as far as they are alike. Raises a RunError.
+    data: items of a data set (their first questions; references are not read) or pairs (pictures, question or messages). teacher: the last artifact
+    when None, asked about the whole picture. The share is met on this data; on other data it is met as far as they are alike. Raises a RunError.
     """
     if (agreement is None) == (cost is None):
         raise RunError("calibrate: give exactly one of agreement (a share of answers) and cost (a share of the finest artifact's)")
@@ -93,11 +93,12 @@ def follow(policy: Policy, data: Sequence[Any], teacher: Session | None, batch: 
         answers.append([t.tolist() for m in made for t in m.tokens])
         signal.append([c for m in made for c in m.confidence])
         flops.append([f for m in made for f in m.flops])
-    if teacher is None:
+    if teacher is None and policy.whole:
         right = answers[-1]
     else:
         progress(f"teacher: {len(data)} requests")
-        asked = (teacher.generate(*images, **rest, max_new_tokens=max_new_tokens, do_sample=False) for images, rest in batches(policy, data, batch))
+        said = teacher or policy.buckets[-1]
+        asked = (said.generate(*images, **rest, max_new_tokens=max_new_tokens, do_sample=False) for images, rest in batches(policy, data, batch))
         right = [t.tolist() for m in asked for t in m.tokens]
     agree = np.array([[a == b for a, b in zip(own, right, strict=True)] for own in answers])
     last = len(policy.buckets) - 1

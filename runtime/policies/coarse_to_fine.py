@@ -51,7 +51,7 @@ class CoarseToFine(Policy):
             if value not in known:
                 raise RunError(f"{self.name}: {name} {value!r} is none of {', '.join(known)}")
         super().__init__(buckets, thresholds)
-        self.measure, self.over, self.mode = measure, over, mode
+        self.measure, self.over, self.mode, self.whole = measure, over, mode, mode == "finer"
         if mode != "finer":
             for session in self.buckets[:-1]:
                 if not any(name.startswith("kept.") for name in _outputs(session)):

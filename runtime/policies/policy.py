@@ -69,6 +69,7 @@ class Policy(ABC):
     name: ClassVar[str]
     settings: ClassVar[tuple[str, ...]]  # attributes that are saved and given to __init__ again
     engine: Any = None  # a policy has no single one
+    whole: bool = True  # the last bucket is asked what the caller asked, not about a crop
 
     def __init__(self, buckets: Sequence[Session], thresholds: Sequence[float] | None = None) -> None:
         """thresholds: one per step from a bucket to the next; None: to be calibrated."""

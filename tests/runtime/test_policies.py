@@ -378,4 +378,8 @@ def test_a_crop_is_asked_about(opened, mode, shown):
     images = [pictures()[3], crop][-shown:]
     want = opened["full"].generate(images, "<image> " * shown + QUESTIONS[3], max_new_tokens=5)
     assert made.tokens[0].tolist() == want.tokens[0].tolist() and len(made.pictures[0]) == shown
+    free, data = CoarseToFine([opened["middle"], opened["full"]], mode=mode), list(zip(pictures(), QUESTIONS, strict=True))
+    plain = [opened["full"].generate(p, messages=[{"role": "user", "content": q}], max_new_tokens=5).tokens[0].tolist() for p, q in data]
+    crops = [policy.generate(p, messages=[{"role": "user", "content": q}], max_new_tokens=5).tokens[0].tolist() for p, q in data]
+    assert follow(free, data, None, 6, 5, lambda line: None).agree[1].tolist() == [a == b for a, b in zip(plain, crops, strict=True)]
     assert [(r.bucket, r.vision, r.scale) for r in made.runs[0]] == [(0, True, 1.0), (1, True, float(shown))], "a crop is seen anew"
