@@ -52,7 +52,7 @@ RECIPES = {
     "uniform25-llm": "drop-uniform{layer=0,keep=0.25,staggered=True}, clean-up",
     "uniform50-llm": "drop-uniform{layer=0,keep=0.5,staggered=True}, clean-up",
 }
-COSTS = (0.34, 0.4, 0.45, 0.5, 0.55, 0.6)  # mean FLOPs that are asked for, shares of the unreduced model's
+COSTS = (0.34, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7)  # mean FLOPs that are asked for, shares of the unreduced model's
 VAL, TEST, BATCH = 612, 612, 18
 CROPPED = 306  # val items that variants with a crop are asked
 

@@ -45,7 +45,7 @@ class CoarseToFine(Policy):
     name: ClassVar[str] = "coarse-to-fine"
     settings: ClassVar[tuple[str, ...]] = ("measure", "over", "mode")
 
-    def __init__(self, buckets: Sequence[Session], thresholds: Sequence[float] | None = None, *, measure: str = "margin", over: str = "first",
+    def __init__(self, buckets: Sequence[Session], thresholds: Sequence[float] | None = None, *, measure: str = "margin", over: str = "answer",
                  mode: str = "finer") -> None:
         for name, value, known in (("measure", measure, MEASURES), ("over", over, OVER), ("mode", mode, MODES)):
             if value not in known:

@@ -60,8 +60,8 @@ def ask(session, which=range(6), **options):
 def policies(opened) -> dict[str, Policy]:
     chain = [opened[n] for n in RECIPES]
     return {
-        "margin over the answer": CoarseToFine(chain, over="answer"),
-        "entropy of the first token": CoarseToFine(chain, measure="entropy"),
+        "margin over the answer": CoarseToFine(chain),
+        "entropy of the first token": CoarseToFine(chain, measure="entropy", over="first"),
         "pixels": DensityBudget(chain, signal="detail"),
         "features": DensityBudget(chain, signal="dissimilarity"),
     }
