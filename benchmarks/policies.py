@@ -220,6 +220,7 @@ def run(work: Path) -> None:
         "items": digest(TEST), "n": TEST, "calibrated_on": f"{VAL} val items, first questions, no answers", "commit": revision(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "machine": machine(1), "full_flops": full, "steps": steps, "policies": {}, "variants": {},
     }
+    record["own_recipes"] = own_recipes(work, none["test"], test)
     for plan in PLANS:
         policy, crop = plan.open(work), plan.options.get("mode", "finer") != "finer"
         if crop:
@@ -243,6 +244,21 @@ def run(work: Path) -> None:
         record["policies" if plan.main else "variants"][plan.name] = found
         print(f"{plan.name}: " + "  ".join(f"{r['asked']}: {100 * r['val']['agreement']:.1f}%" + _test(r, test) for r in rows), flush=True)
     save("policies", record)
+
+
+def own_recipes(work: Path, none: Said, test: Sequence[Item]) -> dict[str, Any]:
+    """Artifacts of policies that the methods table does not have, as fixed recipes: what a policy that always chooses them comes to."""
+    found, known = {}, read(RECORD)
+    for plan in (p for p in PLANS if p.main):
+        for k, bucket in enumerate(plan.buckets):
+            if RECIPES[bucket] not in known and RECIPES[bucket] not in found:
+                policy = plan.open(work)
+                forced = plan.open(work, policy.always(k))
+                price = policy.prices[k]
+                flops = {"vision": price.vision, "prefill": price.prefill, "decode": price.decode}
+                right = on_test(forced, [collect(work, b, "test", TEST) for b in plan.buckets], none, test)["right"]
+                found[RECIPES[bucket]] = {"right": right, "flops": flops}
+    return found
 
 
 def check(work: Path, asked: float, only: str) -> None:
