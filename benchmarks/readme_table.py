@@ -95,7 +95,7 @@ def main() -> None:
     text += [*speed(), *cache(), *scaling()]
     text += ["", "Families: [docs/families.md](docs/families.md). Accuracy of the shipped model: [its card](examples/testbed/MODEL_CARD.md)."]
     text += ["Error rates of the gate: [docs/judge.md](docs/judge.md). KV cache: [docs/kv.md](docs/kv.md)."]
-    text += ["Learned compression: [docs/learned.md](docs/learned.md)."]
+    text += ["Learned compression: [docs/learned.md](docs/learned.md). Runtime policies over artifacts: [docs/policies.md](docs/policies.md)."]
     readme = ROOT / "README.md"
     body = re.sub(f"{START}.*{END}", lambda _: f"{START}\n" + "\n".join(text) + f"\n{END}", readme.read_text(), flags=re.S)
     readme.write_text(body)

@@ -5,6 +5,7 @@
     print(model.generate("picture.png", "<image> what is this?").text)
 
     session = foveate.load("out")                       # later, elsewhere: no modelling code, no recipe
+    policy = foveate.CoarseToFine([cheap, fine])        # a session that decides per request which of its artifacts answers
 
 Errors, all with one clear sentence:
 
@@ -34,12 +35,15 @@ if TYPE_CHECKING:
     from .plugins import load_plugin
     from .report import Report
     from .runtime.errors import GateError, RunError
+    from .runtime.policies import CoarseToFine, DensityBudget, load_policy
     from .runtime.result import Generation
     from .runtime.session import Session, load
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "CoarseToFine": ".runtime.policies",
+    "DensityBudget": ".runtime.policies",
     "DistillError": ".distill_error",
     "FoveateError": ".graph.errors",
     "GateError": ".runtime.errors",
@@ -55,10 +59,13 @@ _HOME = {
     "forecast": ".api",
     "load": ".runtime.session",
     "load_plugin": ".plugins",
+    "load_policy": ".runtime.policies",
     "optimize_model": ".api",
 }
 
 __all__ = [
+    "CoarseToFine",
+    "DensityBudget",
     "DistillError",
     "FoveateError",
     "GateError",
@@ -74,6 +81,7 @@ __all__ = [
     "forecast",
     "load",
     "load_plugin",
+    "load_policy",
     "optimize_model",
 ]
 

@@ -106,7 +106,7 @@ def optimize(
 
 @app.command()
 def run(
-    artifact: Folder,
+    artifact: Annotated[Path, typer.Argument(help="artifact folder, or a policy file of foveate policy")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="question; the chat template is applied unless --raw")],
     image: Pictures = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="length limit of the answer")] = None,
@@ -123,15 +123,15 @@ def run(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer a prompt about pictures with an artifact."""
-    from .runtime.session import load
+    """Answer a prompt about pictures with an artifact, or with a policy over several."""
+    from .runtime.policies import opened
 
     _plugins(plugin)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     options = {k: v for k, v in given.items() if v is not None} | ({"do_sample": True} if sample else {})
     with _Progress(quiet) as progress:
         progress("load", str(artifact))
-        session = load(artifact, verify=verify)
+        session = opened(artifact, verify)
     with session:
         request: dict[str, Any] = {"prompt": prompt} if raw or not getattr(session.processor, "chat_template", None) else {"messages": _question(prompt)}
         arrays = _arrays(extra)
@@ -146,7 +146,7 @@ def run(
     if not quiet:
         err.print(
             f"encoder {t.encoder_ms:.1f} ms, prefill {t.prefill_ms:.1f} ms, first token after {t.ttft_ms:.1f} ms{step}; "
-            f"{result.layouts[0].visual} visual tokens{_kept(result)}{f'; overlay in {drawn}' if drawn else ''}",
+            f"{result.layouts[0].visual} visual tokens{_kept(result)}{_bucket(result)}{f'; overlay in {drawn}' if drawn else ''}",
             markup=False,
         )
 
@@ -313,6 +313,10 @@ from .commands_learn import register as _learn  # noqa: E402  distill, exits
 
 _learn(app)
 
+from .commands_policy import register as _policy  # noqa: E402  policy
+
+_policy(app)
+
 
 # -- small things
 
@@ -395,6 +399,14 @@ def _question(prompt: str) -> list[dict[str, Any]]:
 def _kept(result: Any) -> str:
     sites = {k.removeprefix("kept."): int((v[0] >= 0).sum()) for k, v in result.kept.items()}
     return "".join(f", {n} kept at {site}" for site, n in sites.items())
+
+
+def _bucket(result: Any) -> str:
+    """Of a policy's answer: who gave it, and why."""
+    if not hasattr(result, "buckets"):
+        return ""
+    measured = result.confidence[0]
+    return f"; artifact {result.buckets[0] + 1} answered after {len(result.runs[0])} run(s), measured {'nothing' if measured is None else f'{measured:.4g}'}"
 
 
 def _median(values: list[float]) -> float:

@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    artifact: Annotated[Path, typer.Argument(help="artifact folder")],
+    artifact: Annotated[Path, typer.Argument(help="artifact folder or policy file")],
     data: Annotated[Path, typer.Option("--data", "-d", help="data set: a folder with items.jsonl, or a file and --mapping")],
     output: Annotated[Path, typer.Option("--output", "-o", help="results file (.jsonl); continued if it exists")],
     mapping: Mapped = None,
@@ -50,10 +50,10 @@ def evaluate(
     """Answer a data set with an artifact: per-item results and a table by slice."""
     from .runtime import evaluate as runner
     from .runtime.datasets import load_items
-    from .runtime.session import load
+    from .runtime.policies import opened
 
     items = load_items(data, mapping, limit)
-    with load(artifact) as session:
+    with opened(artifact) as session:
         run = runner.evaluate(
             session,
             items,

@@ -8,6 +8,7 @@ out: `Session.generate(...) -> Generation` (text, tokens, timings, kept tokens),
     batch.py        samples and image features -> the padded arrays of the prefill stage
     positions.py    position ids in numpy, one rule per kind
     sampling.py     the next token: greedy in numpy, sampling with transformers' logits processors
+    policies/       several artifacts of one model: which one answers which request
     overlay.py      kept tokens drawn on the picture
     bench.py        warm-up, medians, paired alternation
 

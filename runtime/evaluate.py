@@ -49,6 +49,8 @@ def evaluate(
     """
     if settings.batch < 1 or settings.max_new_tokens < 1:
         raise RunError(f"evaluate: batch {settings.batch} and max_new_tokens {settings.max_new_tokens} must be at least 1")
+    if settings.logits and session.engine is None:
+        raise RunError("evaluate: a policy's answers come from several artifacts, so it has no log-probabilities to save; leave --logits out")
     mine = take(items, shard)
     log = Log(
         Path(path),

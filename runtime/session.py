@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from .context import compressed
 from .errors import NumberError, RunError
 from .prompts import Sample
 from .result import Generation, Picture, Timings, clock
-from .sampling import PENALTIES, WARPERS, chooser
+from .sampling import PENALTIES, WARPERS, Choose, chooser
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -83,32 +83,12 @@ class Session:
         with clock(timings, "preprocess_ms"):
             samples = self.prepare(images, prompt, messages)
         stream = Stream(streamer, self.tokenizer, len(samples) * num_return_sequences) if streamer is not None else None
-        seen = self.encode(samples, timings, extra)
         limit = self._limit(max_cache_tokens)
-        with clock(timings, "prefill_ms"):
-            outputs, cache = self.engine.prefill(seen.batch.feeds, seen.batch.length + steps)
-        checked(outputs["logits"], "prefill")
-        held = getattr(cache, "held", 0)
-        if limit is not None and held > limit:
-            raise RunError(f"generate: the prompt takes {held} cache rows, and {limit} are allowed; shorten it, raise max_cache_tokens, or drop more")
-        batch, logits = seen.batch, outputs["logits"]
+        read = self.read(samples, self.encode(samples, timings, extra), steps, timings, limit)
         if num_return_sequences != 1:
-            batch, logits, cache = _repeated(batch, logits, cache, num_return_sequences)
-        choose = chooser(config, self.eos, [len(p.tokens) for p in batch.layouts], seed)
-        tokens, finish = self._decode(batch, logits, cache, Stop(steps, limit), choose, timings, stream)
-        kept = {k: v for k, v in outputs.items() if k.startswith("kept.")}
-        return Generation(
-            texts=tuple(self.text_of(t) for t in tokens),
-            tokens=tuple(tokens),
-            timings=timings,
-            kept={**seen.kept, **kept},
-            pictures=_pictures(samples, seen, kept, self._grid),
-            layouts=seen.batch.layouts,
-            kv_rows=outputs.get("kv_lengths"),
-            kv_bytes=getattr(cache, "nbytes", None),
-            kv_clip_rate=cache.clip_rate() if hasattr(cache, "clip_rate") else None,
-            finish=finish,
-        )
+            read = read.take(np.repeat(np.arange(read.batch.size), num_return_sequences))
+        choose = chooser(config, self.eos, [len(p.tokens) for p in read.batch.layouts], seed)
+        return self.answer(read, choose, Stop(steps, limit), timings, stream)
 
     def conversation(self, images: Any = None) -> Conversation:
         """Questions about the same pictures one after another, over one cache: the pictures and what was said are never computed again."""
@@ -129,6 +109,33 @@ class Session:
         return [
             prompts.process(self.processor, text, pictures) for text, pictures in prompts.requests(self.processor, images, prompt, messages)
         ]
+
+    def read(self, samples: Sequence[Sample], seen: Seen, room: int, timings: Timings | None = None, limit: int | None = None) -> Read:
+        """The prefill over encoded samples; the cache gets rows for `room` tokens more, and may hold `limit` in all."""
+        with clock(timings, "prefill_ms"):
+            outputs, cache = self.engine.prefill(seen.batch.feeds, seen.batch.length + room)
+        checked(outputs["logits"], "prefill")
+        held = getattr(cache, "held", 0)
+        if limit is not None and held > limit:
+            raise RunError(f"generate: the prompt takes {held} cache rows, and {limit} are allowed; shorten it, raise max_cache_tokens, or drop more")
+        return Read(tuple(samples), seen, seen.batch, outputs, outputs["logits"], cache)
+
+    def answer(self, read: Read, choose: Choose, stop: Stop, timings: Timings, stream: Stream | None = None) -> Generation:
+        """The decode loop behind a prefill."""
+        tokens, finish = self._decode(read.batch, read.logits, read.cache, stop, choose, timings, stream)
+        kept = {k: v for k, v in read.outputs.items() if k.startswith("kept.")}
+        return Generation(
+            texts=tuple(self.text_of(t) for t in tokens),
+            tokens=tuple(tokens),
+            timings=timings,
+            kept={**read.seen.kept, **kept},
+            pictures=_pictures(read.samples, read.seen, kept, self._grid),
+            layouts=read.seen.batch.layouts,
+            kv_rows=read.outputs.get("kv_lengths"),
+            kv_bytes=getattr(read.cache, "nbytes", None),
+            kv_clip_rate=read.cache.clip_rate() if hasattr(read.cache, "clip_rate") else None,
+            finish=finish,
+        )
 
     def encode(self, samples: Sequence[Sample], timings: Timings | None = None, extra: Mapping[str, Any] | None = None) -> Seen:
         """The vision stage over all pictures of all samples, and the padded feeds of prefill."""
@@ -152,7 +159,15 @@ class Session:
         if rule := self.facts.get("context"):
             layouts = [compressed(layout, rule) for layout in layouts]
         features = {name: _regroup(outputs.get(name), rows, name, self._feature_width(name)) for name in self.facts["features"]}
-        return Seen(assemble(layouts, features, self.facts, self.pad), kept, groups)
+        return Seen(assemble(layouts, features, self.facts, self.pad), kept, groups, features)
+
+    def again(self, seen: Seen, chosen: Sequence[int]) -> Seen:
+        """What this session's vision stage would make of the samples `chosen`, from what an equal vision stage made of them and others."""
+        images = np.array([len(g) for g in seen.groups])
+        rows = np.concatenate([np.arange(images[:b].sum(), images[: b + 1].sum()) for b in chosen])
+        features = {name: [parts[b] for b in chosen] for name, parts in seen.features.items()}
+        batch = assemble([seen.batch.layouts[b] for b in chosen], features, self.facts, self.pad)
+        return Seen(batch, {k: v[rows] for k, v in seen.kept.items()}, [seen.groups[b] for b in chosen], features)
 
     def _vision(self, samples: Sequence[Sample], extra: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """All pictures at once, or in as many runs as a stage with a fixed picture count needs. No picture: {}."""
@@ -330,6 +345,25 @@ class Seen:
     batch: Batch
     kept: dict[str, np.ndarray]  # vision's kept.<site>, [images, K]
     groups: list[tuple[np.ndarray, ...]]  # per sample and image its placeholder places before any reduction
+    features: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)  # by name, per sample [visual, D]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the prefill made of encoded samples. `batch`, `logits` and `cache` are what the decode loop goes on from; `outputs` has a row per sample."""
+
+    samples: tuple[Sample, ...]
+    seen: Seen
+    batch: Batch
+    outputs: Mapping[str, np.ndarray]
+    logits: np.ndarray
+    cache: Any
+
+    def take(self, index: np.ndarray) -> Read:
+        """To be answered: these samples, any of them several times."""
+        layouts = tuple(self.batch.layouts[i] for i in index)
+        feeds = {n: a[:, index] if n == "position_ids" and a.ndim == 3 else a[index] for n, a in self.batch.feeds.items()}
+        return replace(self, batch=replace(self.batch, feeds=feeds, layouts=layouts), logits=self.logits[index], cache=self.cache.take(index))
 
 
 class Stream:
@@ -390,14 +424,6 @@ def _row_per_picture(extra: Mapping[str, Any], spec: Mapping[str, Any], pictures
     if value.ndim != len(width) + 1 or list(value.shape[1:]) != list(width) or len(value) not in (1, pictures):
         raise RunError(f"generate: extra[{name!r}] is {list(np.shape(extra[name]))}; {pictures} picture(s) need {[pictures, *width]} or one row {width}")
     return np.broadcast_to(value, (pictures, *value.shape[1:])).astype(np.dtype(spec["dtype"]))
-
-
-def _repeated(batch: Batch, logits: np.ndarray, cache: Any, count: int) -> tuple[Batch, np.ndarray, Any]:
-    """Every sample `count` times, behind one prefill."""
-    index = np.repeat(np.arange(batch.size), count)
-    layouts = tuple(batch.layouts[i] for i in index)
-    feeds = {n: a[:, index] if n == "position_ids" and a.ndim == 3 else a[index] for n, a in batch.feeds.items()}
-    return replace(batch, feeds=feeds, layouts=layouts), logits[index], cache.take(index)
 
 
 def checked(logits: np.ndarray, stage: str) -> np.ndarray:

@@ -7,6 +7,8 @@ import pytest
 import foveate
 
 PUBLIC = [
+    "CoarseToFine",
+    "DensityBudget",
     "DistillError",
     "FoveateError",
     "GateError",
@@ -22,6 +24,7 @@ PUBLIC = [
     "forecast",
     "load",
     "load_plugin",
+    "load_policy",
     "optimize_model",
 ]
 
@@ -50,4 +53,6 @@ def test_signatures():
     generate = list(inspect.signature(foveate.Session.generate).parameters)
     assert generate == ["self", "images", "prompt", "messages", "max_new_tokens", "streamer", "seed", "extra", "max_cache_tokens",
                         "num_return_sequences", "options"]
-    assert list(inspect.signature(foveate.load).parameters) == ["path", "verify"]
+    assert [list(inspect.signature(f).parameters) for f in (foveate.load, foveate.load_policy)] == [["path", "verify"]] * 2
+    for policy in (foveate.CoarseToFine, foveate.DensityBudget):
+        assert list(inspect.signature(policy.generate).parameters) == generate, "a policy is asked as a session is"
