@@ -79,6 +79,7 @@ def rows(record: Mapping[str, Any], fixed: Sequence[Fixed], turns: Sequence[int]
             gaps = [Gap.of(scores, f.scores) for f in fixed if f.cost <= cost]
             out.append({
                 "policy": found["policy"], "name": name, "asked": point["asked"], "share": test["share"], "checked": test.get("checked", False),
+                "agreement": point["val"]["agreement"],
                 "accuracy": float(scores.mean()), "cost": cost / none.cost, "none": Gap.of(scores, none.scores), "within": within, "best": best,
                 "gap": Gap.of(scores, best.scores) if best else None, "mixed": Gap.of(scores, mixed), "pair": pair,
                 "beaten": sum(g.mean > 0 for g in gaps), "shown": sum(g.low > 0 for g in gaps),

@@ -27,7 +27,7 @@ def sureness(logits: np.ndarray, measure: str) -> np.ndarray:
     logp = log_softmax(logits)
     p = np.exp(logp)
     if measure == "entropy":
-        return np.where(p > 0, p * logp, 0).sum(-1)
+        return (p * np.where(p > 0, logp, 0)).sum(-1)
     best = np.partition(p, -2, -1)[:, -2:]
     return best[:, 1] - best[:, 0] if measure == "margin" else best[:, 1]
 
