@@ -99,12 +99,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "victor-m32-k2": (t1(2, 32), LONG),
     "victor-m4-k2": (t1(2, 4), LONG),
     "victor-m16-k2": (t1(2, 16), LONG),
-    "victor-m8-k2-long": (t1(2), {"steps": 5000}),
 }
 UNTRAINED = {"original": None, "attention8-k2-untrained": "drop-fastv{layer=2,keep=8}", "random8-k2-untrained": "drop-random{layer=2,keep=8}",
              "none-m0-k2-untrained": "victor{registers=0,layer=2}"}
 SHIPPED = {  # name in examples/testbed/learned -> the training whose weights it has
-    "victor-8": "victor-m8-k2-long",
+    "victor-8": "victor-m8-k2",
     "victor-blind-32": "blind-m32-k4",
     "prefusion-8": "prefusion-m8-k2",
     "space-to-depth-36": "space-to-depth-36",
