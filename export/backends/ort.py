@@ -246,7 +246,7 @@ class _Step:
         for name, array in _wanted(session, feeds).items():
             self.binding.input(name, array)
         self.outputs: Arrays = {}
-        scratch = share_scratch(part["scratch"], cache.buffers)
+        scratch = share_scratch(part.get("scratch", {}), cache.buffers)  # an older artifact has none
         for output in session.get_outputs():
             if output.name in scratch:
                 self.binding.output(output.name, scratch[output.name])
