@@ -20,7 +20,7 @@ from . import prompts
 from .batch import Batch, assemble, image_groups, lay_out
 from .errors import NumberError, RunError
 from .prompts import Sample
-from .result import Generation, Picture, Timings
+from .result import Generation, Picture, Timings, cached_rows
 from .sampling import PENALTIES, WARPERS, chooser
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Session:
             kept={**seen.kept, **kept},
             pictures=_pictures(samples, seen, kept, self._grid),
             layouts=seen.batch.layouts,
-            kv_rows=outputs.get("kv_lengths"),
+            kv_rows=cached_rows(outputs),
             kv_bytes=getattr(cache, "nbytes", None),
             kv_clip_rate=cache.clip_rate() if hasattr(cache, "clip_rate") else None,
             finish=finish,
