@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -28,7 +29,8 @@ from typing import Any
 import kvpress
 import numpy as np
 import torch
-from transformers import DynamicCache, LlavaForConditionalGeneration, QuantizedCache
+from safetensors.torch import load_file
+from transformers import AutoConfig, DynamicCache, GenerationConfig, LlavaForConditionalGeneration, QuantizedCache
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "examples" / "testbed" / "checkpoint"
 ROOM, BATCH, WINDOW = 8, 30, 32  # as kv_accuracy.py; of SnapKV: the last rows that look, as in evict-snapkv
@@ -45,6 +47,18 @@ def caches() -> dict[str, tuple[Callable[[Any], Any], Any]]:
         for name, (kind, options) in PRESSES.items():
             found[f"kvpress {name}, {keep}"] = (lambda model: DynamicCache(), getattr(kvpress, kind)(compression_ratio=1 - keep, **options))
     return found
+
+
+def load() -> Any:
+    """The testbed's model, whose checkpoint has the names that Llava has had on disk since 2023."""
+    model = LlavaForConditionalGeneration(AutoConfig.from_pretrained(CHECKPOINT))
+    known = set(model.state_dict())
+    tower = "model.vision_tower.vision_model." if any("vision_tower.vision_model." in n for n in known) else "model.vision_tower."
+    names = {"language_model.lm_head.": "lm_head.", "language_model.model.": "model.language_model.", "vision_tower.": tower,
+             "multi_modal_projector.": "model.multi_modal_projector."}
+    stored = {new + n.removeprefix(old): t for n, t in load_file(CHECKPOINT / "model.safetensors").items() for old, new in names.items() if n.startswith(old)}
+    model.load_state_dict(stored)  # strict: a parameter that is missing is an error
+    return model.float().eval()
 
 
 class Asked:
@@ -137,8 +151,9 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    asked, model = Asked(options.questions), LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-    eos = model.generation_config.eos_token_id
+    logging.getLogger("kvpress").setLevel(logging.ERROR)  # says of every prefill that Llava is none of the models it is tested with
+    asked, model = Asked(options.questions), load()
+    eos = GenerationConfig.from_pretrained(CHECKPOINT).eos_token_id
     eos = set(eos if isinstance(eos, list) else [eos])
     record = json.loads(options.record.read_text()) if options.record.is_file() else {}
     if record.get("digest") != asked.digest:
