@@ -1,6 +1,6 @@
 """What a smaller KV cache costs in answers, on the testbed.
 
-    python -m benchmarks.kv_accuracy [--items 300] [--pairs 1200] [--only NAME ...]     # goes on where it stopped, computes nothing twice
+    python -m benchmarks.kv_accuracy [--items 300] [--pairs 1200] [--only NAME ...] [--parts PART ...]    # goes on where it stopped
     python -m benchmarks.kv_accuracy --speed                                            # milliseconds; wants a quiet machine
     python -m benchmarks.kv_accuracy --export build/kv_questions.npz                    # for kv_theirs.py, which runs elsewhere
     python -m benchmarks.kv_accuracy --theirs build/kv_theirs.json                      # what that wrote: scores, intervals
@@ -46,6 +46,7 @@ from foveate.runtime.session import Session
 from foveate.runtime.stats import Differences, interval, wilson
 
 NAME = "kv_accuracy"
+PARTS = ("second_question", "dropping", "in_the_prompt")
 ROOM, BATCH = 8, 30  # new tokens at most (the longest answer has four words), samples at once
 SEED = 52001  # of the second questions; the test split's is 3001, of which earlier records used the first 600
 LONG, LATER = 4096, 32  # tokens of a prompt, and behind it, that "at_4k" is for
@@ -57,14 +58,11 @@ OURS = {
     "int4 centred": "kv-int4",
     "zipcache int4/int2, 0.22": f"{FIRST_LAYER} kv-zipcache{{text=false,important=0.22,recent=1}}",
     "2 bits": "kv-zipcache{layers=[0],text=false,important=0.5,recent=1} kv-int2{v_per=channel}",
-    "zipcache int4/int2, 0.38, all layers": "kv-zipcache{text=false,important=0.38,recent=1}",
-    "mikv int8/int2": "kv-mikv{text=false,important=0.25}",
-    "int4 centred, appended float": "kv-int4{appended=float}",
+    "evict-snapkv, 0.27": "evict-snapkv{text=false,keep=0.27}",
     "int4 centred, appended int4": "kv-int4{appended=int4}",
     "evict-snapkv, 0.5": "evict-snapkv{text=false,keep=0.5}",
-    "evict-h2o, 0.5": "evict-h2o{text=false,keep=0.5}",
-    "evict-snapkv, 0.27": "evict-snapkv{text=false,keep=0.27}",
     "evict-h2o, 0.27": "evict-h2o{text=false,keep=0.27}",
+    "mikv int8/int2": "kv-mikv{text=false,important=0.25}",
     "kivi 4 bit": "kv-kivi{group=32,residual=32}",
 }
 IN_THE_PROMPT = ("float", "int8", "int4 centred", "zipcache int4/int2, 0.22")
@@ -324,6 +322,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=1200)
     parser.add_argument("--only", nargs="+", help="of the names of our recipes; the first is what the others are compared with")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--export", type=Path)
     parser.add_argument("--theirs", type=Path)
     parser.add_argument("--speed", action="store_true")
@@ -338,7 +337,7 @@ def main() -> None:
     path = RESULTS / f"{NAME}.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
     if record.get("questions") != questions:
-        record = {"questions": questions, **{part: {} for part in ("second_question", "dropping", "in_the_prompt", "theirs", "speed")}}
+        record = {"questions": questions, **{part: {} for part in (*PARTS, "theirs", "speed")}}
     if options.theirs:
         theirs(bench, second, options.theirs, record)
     elif options.speed:
@@ -349,12 +348,15 @@ def main() -> None:
     else:
         record |= {"machine": machine(1), "date": time.strftime("%Y-%m-%d")}
         record["tokens_of_a_prompt"] = round(float(np.mean([len(a.prompt.tokens) for a in second])))
-        measure(bench, chosen, second, "second_question", record)
-        measure(bench, TWO_TURNS, second, "dropping", record)
-        record["recovered"] = recovered(record["dropping"])
-        first = in_the_prompt(bench)
-        record["in_the_prompt_questions"] = len(first)
-        measure(bench, {n: OURS[n] for n in IN_THE_PROMPT}, first, "in_the_prompt", record)
+        if "second_question" in options.parts:
+            measure(bench, chosen, second, "second_question", record)
+        if "dropping" in options.parts:
+            measure(bench, TWO_TURNS, second, "dropping", record)
+            record["recovered"] = recovered(record["dropping"])
+        if "in_the_prompt" in options.parts:
+            first = in_the_prompt(bench)
+            record["in_the_prompt_questions"] = len(first)
+            measure(bench, {n: OURS[n] for n in IN_THE_PROMPT}, first, "in_the_prompt", record)
     print(save(NAME, record).name)
 
 

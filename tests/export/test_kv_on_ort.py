@@ -84,7 +84,7 @@ def test_every_format_equals_eager(text, tmp_path):
 
 
 def test_codes_are_in_place_and_nothing_is_dequantized(tmp_path):
-    for number, text in enumerate(["kv-int8", "kv-int4", "kv-zipcache{hi=int8,lo=int4,sinks=1,recent=2}", "kv-zipcache{sinks=1,recent=2}"]):
+    for number, text in enumerate(["kv-int8", "kv-int4", "kv-zipcache{hi=int8,lo=int4,sinks=1,recent=2}", "kv-zipcache{lo=int4,hi=int4,sinks=1,recent=2}"]):
         _, _, ort = pair(text, tmp_path / str(number))
         decode = ort.manifest["decode"]
         wanted = [n.removeprefix("past_") for n in ort.pasts if not n.endswith((".scale", ".center"))]
