@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from ..graph.kv_format import BITS, Partition
 
 F = torch.ops.foveate
+Code = Literal["float", "int8", "int4", "int2", "fp8", "sign", "fsq4"]
+MARGIN = {"int8": 5.0, "fp8": 5.0, "int4": 1.4}  # of a prompt's range, where later rows are stored in it too; `val` of the testbed (docs/kv.md)
+SPAN = {"int2": 0.8}  # of a prompt's range, where nothing else is: four levels do better without the extremes
 TINY = 1e-3  # in float16 too, its inverse is a number
 LEVELS = 15  # of fsq4
 WIDE = 2.0  # fsq4: scale over mean |x - center|; atanh(14 / 15) of it, 3.4 mean deviations, is the last level
@@ -21,6 +26,13 @@ def states(x: Tensor, valid: Tensor, part: Partition, which: str, margin: float,
     scale, center = F.kv_scale(x, valid, bits, part.per(which), part.centred, margin)
     scale = scale * (127 / 448) if part.code == "fp8" else scale * WIDE if part.code == "fsq4" else scale
     return scale, *([center] if part.centred else []), *([balance] if which in part.balanced else [])
+
+
+def widen(code: str, grows: bool, margin: float | None) -> float:
+    """How much wider than the prompt's range a range per channel is made. grows: later rows come to be stored in it; margin: given instead."""
+    if not grows:
+        return SPAN.get(code, 1.0)
+    return MARGIN.get(code, 1.0) if margin is None else margin
 
 
 def balance(x: Tensor, valid: Tensor, q: Tensor | None) -> Tensor:

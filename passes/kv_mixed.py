@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge, Le
@@ -15,15 +15,15 @@ from torch.fx import Node
 from ..graph.kv_format import APPENDED, KVFormat, Partition
 from ..graph.program import KVLayer, Program
 from ..graph.splice import splice
+from . import kv_codecs
+from .kv_codecs import Code
 from .kv_evict import call, spared, taps_of
-from .kv_rows import gathered, output, rows_of, set_lengths
+from .kv_rows import gathered, newest, output, rows_of, set_lengths
 from .kv_store import StoreKV
 from .reduce import share
-from .taps import last_valid
 
 F = torch.ops.foveate
 HI, LO = "hi", "lo"
-Code = Literal["float", "int8", "int4", "int2", "fp8", "sign", "fsq4"]
 Share = Annotated[float, Ge(0), Le(1)]
 
 
@@ -38,9 +38,10 @@ class MixedKV(StoreKV):
 
     text: only visual tokens are demoted, and the share is of them; false: of all tokens. sinks, recent: the first and last tokens of the
     prompt rank before all others. A sliding-window layer keeps every row as `hi`: its rows are known by their places.
-    margin: how much wider than the prompt's range the ranges per channel of appended codes are (see UniformKV).
-    streaming_gap: 0 = what is generated is `hi` at once. Else it is float (and the prompt's last `recent` tokens with it) until so many tokens
-    wait; a flush then divides them into `hi` and `lo` by what the newest query gives them. A row is quantized once.
+    appended: the code of what is generated, and of the prompt's last `recent` tokens (at least one) with it; where it is `hi`, both are stored
+    together. margin: how much wider than the prompt's the ranges per channel of appended codes are (see UniformKV).
+    streaming_gap: 0 = what is generated stays as it is appended. Else it is float until so many tokens wait; a flush then divides them into `hi`
+    and `lo` by what the newest query gives them. A row is quantized once.
     """
 
     hi: Code = "int8"
@@ -49,8 +50,9 @@ class MixedKV(StoreKV):
     text: bool = True
     sinks: Annotated[int, Ge(0)] = 4
     recent: Annotated[int, Ge(0)] = 16
+    appended: Code = "int8"
     streaming_gap: Annotated[int, Ge(0)] = 0
-    margin: Annotated[float, Ge(1)] = 1.4
+    margin: Annotated[float, Ge(1)] | None = None
 
     limit: ClassVar[Callable[..., Tensor] | None] = None  # a method's own: (self, **taps) -> [B], how many tokens the data ask for
 
@@ -65,12 +67,13 @@ class MixedKV(StoreKV):
     def partitions(self, entry: KVLayer) -> tuple[Partition, ...]:
         if entry.window:
             return (self.high(),)
-        if self.streaming_gap:
-            return Partition(code="float"), replace(self.high(), name=HI), self.low()
+        if self.streaming_gap or self.appended != self.hi:
+            grown = partition(APPENDED, "float" if self.streaming_gap else self.appended)
+            return grown, replace(self.high(), name=HI), self.low()
         return self.high(), self.low()
 
     def format(self, entry: KVLayer, parts: tuple[Partition, ...]) -> KVFormat:
-        if len(parts) < 3:
+        if len(parts) < 3 or not self.streaming_gap:
             return KVFormat(parts)
         hi = share(self.important, self.streaming_gap)
         return KVFormat(parts, tuple((name, rows) for name, rows in ((HI, hi), (LO, self.streaming_gap - hi)) if rows), self.recent)
@@ -82,7 +85,7 @@ class MixedKV(StoreKV):
         return partition(LO, self.lo)
 
     def widen(self, part: Partition) -> float:
-        return 1.0 if part.name else self.margin
+        return kv_codecs.widen(part.code, not part.name or (part.name == HI and self.streaming_gap > 0), self.margin)
 
     def prefill(self, program: Program, entry: KVLayer, parts: tuple[Partition, ...]) -> None:
         if len(parts) == 1:
@@ -90,12 +93,14 @@ class MixedKV(StoreKV):
             return
         stage, rows = program["prefill"], rows_of(program, entry)
         important, n_hi, n_lo = self.split(program, rows.attention)
-        masks = splice(stage, output(stage), _masks, important, rows.index, rows.valid, self.recent if self.streaming_gap else -1)
-        sizes = (max(self.recent, 1), n_hi, n_lo) if self.streaming_gap else (n_hi, n_lo)
+        recent = max(self.recent, 1) if len(parts) == 3 else 0
+        masks = splice(stage, output(stage), _masks, important, rows.index, rows.valid, recent)
+        sizes = (recent, n_hi, n_lo) if recent else (n_hi, n_lo)
         for part, mask, size in zip(parts, masks, sizes, strict=True):
             k, v, held, count = splice(stage, output(stage), gathered, rows.k, rows.v, mask, size)
-            for which, node in (("k", k), ("v", v)):
-                self.emit(stage, entry, which, node, held, part, f"{self.name}.{entry.layer}", rows.attention.args[0])
+            for which, node, every in (("k", k, rows.k), ("v", v, rows.v)):
+                of = (every, rows.valid) if recent and not part.name else ()
+                self.emit(stage, entry, which, node, held, part, f"{self.name}.{entry.layer}", rows.attention.args[0], *of)
             set_lengths(program, entry, part, count)
 
     def split(self, program: Program, attention: Node) -> tuple[Node, Any, Any]:
@@ -124,9 +129,9 @@ class MixedKV(StoreKV):
 
 
 def _masks(important: Tensor, index: Tensor | None, valid: Tensor, recent: int) -> tuple[Tensor, ...]:
-    """For rows that were gathered by `index` since: which are recent (-1: not asked), which important, and which are neither"""
+    """For rows that were gathered by `index` since: which are recent (0: not asked), which important, and which are neither"""
     important = important if index is None else F.keep_tokens(important, index)
-    if recent < 0:
+    if not recent:
         return important & valid, valid & ~important
-    new = valid & (torch.arange(valid.shape[1], device=valid.device)[None] > last_valid(valid) - recent)
+    new = newest(valid, recent)
     return new, important & valid & ~new, valid & ~important & ~new

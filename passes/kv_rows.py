@@ -12,6 +12,7 @@ from ..graph.kv_format import Partition
 from ..graph.program import KVLayer, Program, Stage
 from ..graph.sites import role
 from ..graph.splice import splice
+from .taps import last_valid
 
 F = torch.ops.foveate
 
@@ -67,6 +68,11 @@ def gathered(k: Tensor, v: Tensor, keep: Tensor, size: int) -> tuple[Tensor, ...
     held = torch.arange(size, device=keep.device)[None] < count[:, None]
     k, v = (F.keep_tokens(x.transpose(1, 2), index).transpose(1, 2).contiguous() for x in (k, v))
     return k, v, held, count
+
+
+def newest(valid: Tensor, count: int) -> Tensor:
+    """valid[B, T]  ->  [B, T] bool: the last `count` valid rows"""
+    return valid & (torch.arange(valid.shape[1], device=valid.device)[None] > last_valid(valid) - count)
 
 
 def output(stage: Stage) -> Node:

@@ -82,25 +82,26 @@ class StoreKV(Pass):
         for which, node in (("k", rows.k), ("v", rows.v)):
             self.emit(stage, entry, which, node, rows.valid, parts[0], str(entry.segment), rows.attention.args[0])
 
-    def emit(self, stage: Stage, entry: KVLayer, which: str, node: Node, valid: Node, part: Partition, held: str, q: Node) -> None:
-        """Return node[B, G, T, D] as the partition stores it. held: names the tokens; q: the layer's queries."""
+    def emit(self, stage: Stage, entry: KVLayer, which: str, node: Node, valid: Node, part: Partition, held: str, q: Node, *of: Node) -> None:
+        """Return node[B, G, T, D] as the partition stores it. held: names the tokens; q: the layer's queries; of: the rows [B, G, T', D] and which
+        are valid [B, T'], if ranges are to be those of other rows."""
         if part.code == "float":
             give(stage, f"{which}.{entry.layer}{part.suffix()}", node, held)
             return
 
-        def store(x: Tensor, valid: Tensor, q: Tensor) -> tuple[Tensor, ...]:
-            balance = kv_codecs.balance(x, valid, q if which == "k" else None) if which in part.balanced else None
-            state = kv_codecs.states(x, valid, part, which, self.widen(part) if part.per(which) == "channel" else 1.0, balance)
+        def store(x: Tensor, all_rows: Tensor, valid: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+            balance = kv_codecs.balance(all_rows, valid, q if which == "k" else None) if which in part.balanced else None
+            state = kv_codecs.states(all_rows, valid, part, which, self.widen(part) if part.per(which) == "channel" else 1.0, balance)
             return kv_codecs.encode(x, state, part, which), *state
 
-        made = splice(stage, output(stage), store, node, valid, q)
+        made = splice(stage, output(stage), store, node, *(of if of and part.per(which) == "channel" else (node, valid)), q)
         name = f"{which}.{entry.layer}{part.suffix()}"
         for suffix, value in zip(("", *(f".{s}" for s in part.states(which))), made, strict=True):
             give(stage, name + suffix, value, held)
 
     def widen(self, part: Partition) -> float:
-        """How much wider than the prompt's the range is made."""
-        return 1.0
+        """How much wider than the prompt's a range per channel is made."""
+        return kv_codecs.widen(part.code, not part.name, None)
 
 
 def take(program: Program, entry: KVLayer, parts: tuple[Partition, ...]) -> None:

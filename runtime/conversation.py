@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import RunError
-from .result import Generation, Timings
+from .result import Generation, Timings, cached_rows
 from .sampling import chooser
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Conversation:
         text = session.text_of(tokens[0])
         self.messages = [*chat, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
         return Generation((text,), tuple(tokens), timings, {k: v for k, v in outputs.items() if k.startswith("kept.")}, (), self._seen.batch.layouts,
-                          outputs.get("kv_lengths"), getattr(self.cache, "nbytes", None), self.cache.clip_rate(), finish)
+                          cached_rows(outputs), getattr(self.cache, "nbytes", None), self.cache.clip_rate(), finish)
 
     def _open(self, chat: list[dict[str, Any]], steps: int, timings: Timings) -> dict[str, Any]:
         session = self.session

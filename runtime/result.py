@@ -15,6 +15,12 @@ from PIL import Image
 from .batch import Layout
 
 
+def cached_rows(outputs: Mapping[str, Any]) -> np.ndarray | None:
+    """[L, B] rows that the prefill put into the cache, all partitions of a layer together."""
+    parts = [rows for name, rows in outputs.items() if name.startswith("kv_lengths")]
+    return np.sum(parts, 0) if parts else None
+
+
 @dataclass
 class Timings:
     """Milliseconds of one call. `ttft_ms` ends with the first token's choice and includes everything before it except loading."""

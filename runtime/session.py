@@ -19,7 +19,7 @@ from .batch import Batch, assemble, image_groups, lay_out
 from .context import compressed
 from .errors import NumberError, RunError
 from .prompts import Sample
-from .result import Generation, Picture, Timings, clock
+from .result import Generation, Picture, Timings, cached_rows, clock
 from .sampling import PENALTIES, WARPERS, Choose, chooser
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Session:
             kept={**read.seen.kept, **kept},
             pictures=_pictures(read.samples, read.seen, kept, self._grid),
             layouts=read.seen.batch.layouts,
-            kv_rows=read.outputs.get("kv_lengths"),
+            kv_rows=cached_rows(read.outputs),
             kv_bytes=getattr(read.cache, "nbytes", None),
             kv_clip_rate=read.cache.clip_rate() if hasattr(read.cache, "clip_rate") else None,
             finish=finish,

@@ -66,10 +66,10 @@ class Format:
     def bits(self) -> int:
         return {"fsq4": 1, "sign": 1, "fp8": 8, "float": 8}.get(self.code) or int(self.code[3:])
 
-    def prompt(self, x: np.ndarray) -> np.ndarray:
-        """x[T, D] of the prompt"""
-        if self.per == "channel" and len(x):
-            self.state = ends(x, self.bits(), 0, self.centred, self.margin)
+    def prompt(self, x: np.ndarray, of: np.ndarray) -> np.ndarray:
+        """x[T, D] of the prompt, stored within the ranges of `of`"""
+        if self.per == "channel" and len(of):
+            self.state = ends(of, self.bits(), 0, self.centred, self.margin)
         return self.rows(x)
 
     def rows(self, x: np.ndarray) -> np.ndarray:
@@ -105,11 +105,12 @@ class Prompt:
 
 
 class Kept:
-    """Partitions in the order in which rows are appended: the first grows."""
+    """Partitions in the order in which rows are appended: the first grows. whole: its ranges are those of all rows of the prompt."""
 
-    def __init__(self, prompt: Prompt, masks: list[np.ndarray], formats: list[tuple[Format, Format]]) -> None:
+    def __init__(self, prompt: Prompt, masks: list[np.ndarray], formats: list[tuple[Format, Format]], whole: bool = False) -> None:
         self.formats = formats
-        self.parts = [[f.prompt(x[m]) for f, x in zip(pair, (prompt.k, prompt.v), strict=True)] for m, pair in zip(masks, formats, strict=True)]
+        self.parts = [[f.prompt(x[m], x if whole and not i else x[m]) for f, x in zip(pair, (prompt.k, prompt.v), strict=True)]
+                      for i, (m, pair) in enumerate(zip(masks, formats, strict=True))]
 
     def append(self, k: np.ndarray, v: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One new row; -> all keys and values as attention reads them, the new row as stored"""

@@ -1,11 +1,10 @@
 """Keys and values as 8-bit floats."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-from annotated_types import Ge
+from typing import ClassVar
 
 from ...graph.program import KVLayer, Program
+from ..kv_codecs import Code
 from ..kv_uniform import UniformKV
 
 
@@ -23,7 +22,7 @@ class KVFp8(UniformKV):
     name: ClassVar[str] = "kv-fp8"
     code: ClassVar[str] = "fp8"
 
-    margin: Annotated[float, Ge(1)] = 1.1
+    appended: Code = "fp8"
 
     def chosen(self, program: Program) -> list[KVLayer]:
         if self.centred:

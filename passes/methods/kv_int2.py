@@ -8,12 +8,13 @@ from ..kv_uniform import UniformKV
 
 @dataclass(frozen=True)
 class KVInt2(UniformKV):
-    """Store every row as one of four levels, values token by token.
+    """Store every row of the prompt as one of four levels, values token by token.
 
     rewrite:
-        prefill: k.l[B, G, T, D]  ->  z, s = middle and step of min..max over t,  k.l = round((k - z) / s),  k.l.scale, k.l.center [B, G, 1, D]
-                 v.l  ->  the same over groups of 32 channels of a token,  v.l.scale, v.l.center [B, G, T, D / 32]
-        decode:  as kv-int4; the new row brings the scale and centre of its values
+        prefill: k.l[B, G, T, D]  ->  z, s = middle and step of 0.8 (min..max over t),  k.l.lo = round((k - z) / s),  k.l.lo.scale, k.l.lo.center
+                 v.l  ->  min..max over groups of 32 channels of a token,  v.l.lo.scale, v.l.lo.center [B, G, T, D / 32]
+                 k.l, v.l: the last token and what is generated, in 8 bits as kv-int4 has them
+        decode:  as kv-int4
 
     Saves memory, not time, on every target so far. Two bits for all tokens cost accuracy: kv-zipcache and kv-mikv give them to the tokens that
     matter least.

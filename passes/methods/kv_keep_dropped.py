@@ -15,6 +15,7 @@ from ...graph.program import KVLayer, Program, Stage
 from ...graph.retype import retype
 from ...graph.sites import role, site
 from ...graph.splice import splice
+from .. import kv_codecs
 from ..base import PASSES
 from ..kv_mixed import LO, Code, partition
 from ..kv_rows import gathered, origin, output, rows_of, set_lengths
@@ -50,13 +51,13 @@ class KVKeepDropped(StoreKV):
 
     hi: Code = "int8"
     lo: Code = "int4"
-    margin: Annotated[float, Ge(1)] = 1.4
+    margin: Annotated[float, Ge(1)] | None = None
 
     def partitions(self, entry: KVLayer) -> tuple[Partition, ...]:
         return (partition(APPENDED, self.hi), *(() if entry.window else (partition(LO, self.lo),)))
 
     def widen(self, part: Partition) -> float:
-        return 1.0 if part.name else self.margin
+        return kv_codecs.widen(part.code, not part.name, self.margin)
 
     def run(self, program: Program) -> bool:
         if not cuts(program):

@@ -45,10 +45,12 @@ NAMES = [name for name, p in discover().items() if issubclass(p, StoreKV)]
 RECIPES = [
     *[f"{name}{{{SMALL[name]}}}" if name in SMALL else name for name in NAMES if name != "kv-keep-dropped"],
     "drop-fastv{layer=1,keep=10} kv-keep-dropped",
-    "kv-int4{k_per=token,v_per=group:8}",
+    "kv-int4{k_per=token,v_per=group:8,appended=int4}",
+    "kv-int4{appended=int4}",
+    "kv-int4{appended=float}",
     "kv-int2{k_per=channel,v_per=channel}",
     "kv-zipcache{hi=int8,lo=int4,sinks=1,recent=2,important=0.3,streaming_gap=4}",
-    "kv-zipcache{hi=float,lo=int2,sinks=1,recent=2,important=0.3}",
+    "kv-zipcache{hi=float,lo=int2,sinks=1,recent=2,important=0.3,appended=float}",
     "kv-int8{layers=[1]}",
     "kv-zipcache{sinks=1,recent=2,important=0.3,layers=[0,1]}",  # two layers unpack into the same memory
 ]
@@ -90,8 +92,8 @@ def test_every_format_equals_eager(text, tmp_path):
 
 
 def test_codes_are_in_place_and_nothing_is_dequantized(tmp_path):
-    for text in ("kv-int8", "kv-int4", "kv-zipcache{hi=int8,lo=int4,sinks=1,recent=2}"):
-        _, _, ort = pair(text, tmp_path / text[:7])
+    for number, text in enumerate(["kv-int8", "kv-int4", "kv-zipcache{hi=int8,lo=int4,sinks=1,recent=2}", "kv-zipcache{lo=int4,hi=int4,sinks=1,recent=2}"]):
+        _, _, ort = pair(text, tmp_path / str(number))
         decode = ort.manifest["decode"]
         wanted = [n.removeprefix("past_") for n in ort.pasts if not n.endswith((".scale", ".center"))]
         assert sorted(decode["in_place"]) == sorted(wanted) and decode["notes"] == []

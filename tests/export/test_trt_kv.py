@@ -243,10 +243,12 @@ MIXED = "kv-zipcache{hi=int8,lo=int4,important=0.3,recent=4,probes=4}"
     ("recipe", "stages", "caches", "past"),
     [
         ("kv-int8", ("prefill", "decode"), 2, [1, -1, 2, 16]),
-        ("kv-int4", ("decode",), 2, [1, -1, 2, 8]),
+        ("kv-int4", ("decode",), 4, [1, -1, 2, 16]),
+        ("kv-int4{appended=int4}", ("decode",), 2, [1, -1, 2, 8]),
         (MIXED, ("decode",), 4, [1, -1, 2, 16]),
+        ("kv-zipcache{hi=int8,lo=int4,appended=int4,recent=4,probes=4}", ("decode",), 6, [1, -1, 2, 8]),
     ],
-    ids=["int8", "int4", "mixed"],
+    ids=["int8", "int4", "int4-appended", "mixed", "three-parts"],
 )
 def test_decode_engines_read_codes_inside_attention(llava, tmp_path, recipe, stages, caches, past):
     """The default refuses a plan that does not, so that building is the proof; the report says it as well."""

@@ -31,6 +31,15 @@ def uniform(code, k_per="channel", v_per="channel", centred=False, margin=1.0):
     return lambda layer, prompt: Kept(prompt, every(prompt), [tuple(Format(code, per, centred, margin) for per in (k_per, v_per))])
 
 
+def apart(code, k_per="channel", v_per="channel", margin=1.0, appended="int8", room=5.0):
+    """The prompt's last token and what follows in 8 bits, within the ranges of the whole prompt; the others centred in `code`."""
+    def kept(layer, prompt):
+        last = np.arange(len(prompt.k)) == len(prompt.k) - 1
+        rest = tuple(Format(code, per, True, margin) for per in (k_per, v_per))
+        return Kept(prompt, [last, ~last], [pair(appended, False, room), rest], whole=True)
+    return kept
+
+
 def pair(code, centred, margin=1.0, per="channel"):
     return Format(code, per, centred, margin), Format(code, per, centred, margin)
 
@@ -44,28 +53,35 @@ def halves(prompt, score, share, sinks=4, recent=16, limit=None):
 
 def zipcache(layer, prompt):
     got, seen = probed(prompt, 32)
-    return Kept(prompt, list(halves(prompt, got / seen, 0.6, 2, 2)), [pair("int4", True, 1.4), pair("int2", True)])
+    new = np.arange(len(prompt.k)) >= len(prompt.k) - 2
+    hi, lo = halves(prompt, got / seen, 0.6, 2, 2)
+    return Kept(prompt, [new, hi & ~new, lo & ~new], [pair("int8", False, 5), pair("int4", True), pair("int2", True, 0.8)], whole=True)
+
+
+def zipcache_alike(layer, prompt):
+    got, seen = probed(prompt, 32)
+    return Kept(prompt, list(halves(prompt, got / seen, 0.6, 2, 2)), [pair("int4", True, 1.4), pair("int2", True, 0.8)])
 
 
 def streaming(layer, prompt):
     got, seen = probed(prompt, 32)
     new = np.arange(len(prompt.k)) >= len(prompt.k) - 3
     hi, lo = halves(prompt, got / seen, 0.6, 2, 3)
-    return Flushed(prompt, [new, hi & ~new, lo & ~new], [pair("float", False), pair("int8", False), pair("int4", True)], 6, 3, hi=4)
+    return Flushed(prompt, [new, hi & ~new, lo & ~new], [pair("float", False), pair("int8", False, 5), pair("int4", True)], 6, 3, hi=4)
 
 
 def mikv(layer, prompt):
     w = np.sqrt(np.maximum(np.maximum(np.abs(prompt.k[mask]).max(0), 1e-3) / np.maximum(np.abs(prompt.q).max(0), 1e-3), 0)) \
         if (mask := halves(prompt, prompt.p.sum(0), 0.25, 1, 1)[1]).any() else np.ones(4, np.float32)
     low = Format("int2", "token", True, 1.0, np.maximum(w, 1e-3).astype(np.float32)), Format("int2", "token", True)
-    return Kept(prompt, [~mask, mask], [pair("int8", False, 1.4), low])
+    return Kept(prompt, [~mask, mask], [pair("int8", False, 5), low])
 
 
 def zipvl(layer, prompt):
     got, seen = probed(prompt, 32)
     a = np.sort(np.where(prompt.visual, got, 0))[::-1]
     limit = int((np.cumsum(a) < 0.7 * a.sum()).sum()) + 1
-    return Kept(prompt, list(halves(prompt, got / seen, 0.5, 0, 1, limit)), [pair("int8", False, 1.4), pair("int4", True)])
+    return Kept(prompt, list(halves(prompt, got / seen, 0.5, 0, 1, limit)), [pair("int8", False, 5), pair("int4", True)])
 
 
 def kivi(layer, prompt):
@@ -74,7 +90,7 @@ def kivi(layer, prompt):
 
 
 def kept_and_dropped(layer, prompt, keep):
-    return Kept(prompt, [keep, ~keep], [pair("int8", False, 1.4), pair("int4", True)])
+    return Kept(prompt, [keep, ~keep], [pair("int8", False, 5), pair("int4", True)])
 
 
 def snapkv(layer, prompt):
@@ -88,15 +104,17 @@ def h2o(layer, prompt):
 
 
 CASES = {  # recipe -> (pass, store of the oracle, cut)
-    "kv-int8": ("kv-int8", uniform("int8", margin=2.5), None),
+    "kv-int8": ("kv-int8", uniform("int8", margin=5), None),
     "kv-int8{k_per=token,v_per='group:2',centred=true}": ("kv-int8", uniform("int8", "token", "group:2", True), None),
-    "kv-int4": ("kv-int4", uniform("int4", centred=True, margin=1.4), None),
-    "kv-int4{centred=false,margin=1.25}": ("kv-int4", uniform("int4", margin=1.25), None),
-    "kv-int2{v_per='group:2'}": ("kv-int2", uniform("int2", "channel", "group:2", True), None),
-    "kv-fp8": ("kv-fp8", uniform("fp8", margin=1.1), None),
-    "kv-sign{v_per='group:2'}": ("kv-sign", uniform("sign", "channel", "group:2", True), None),
-    "kv-fsq": ("kv-fsq", uniform("fsq4", centred=True), None),
+    "kv-int4": ("kv-int4", apart("int4"), None),
+    "kv-int4{appended=float}": ("kv-int4", apart("int4", appended="float"), None),
+    "kv-int4{appended=int4,centred=false,margin=1.25}": ("kv-int4", uniform("int4", margin=1.25), None),
+    "kv-int2{v_per='group:2'}": ("kv-int2", apart("int2", "channel", "group:2", 0.8), None),
+    "kv-fp8": ("kv-fp8", uniform("fp8", margin=5), None),
+    "kv-sign{v_per='group:2'}": ("kv-sign", apart("sign", "channel", "group:2"), None),
+    "kv-fsq{appended=fsq4}": ("kv-fsq", uniform("fsq4", centred=True), None),
     "kv-zipcache{sinks=2,recent=2}": ("kv-zipcache", zipcache, None),
+    "kv-zipcache{sinks=2,recent=2,appended=int4}": ("kv-zipcache", zipcache_alike, None),
     "kv-zipcache{hi=int8,lo=int4,sinks=2,recent=3,streaming_gap=6}": ("kv-zipcache", streaming, None),
     "kv-mikv{sinks=1,recent=1}": ("kv-mikv", mikv, None),
     "kv-zipvl{mass=0.7,sinks=0,recent=1}": ("kv-zipvl", zipvl, None),
@@ -189,7 +207,7 @@ def test_padding_and_neighbours_change_nothing(recipe):
 
 def test_layers_may_have_formats_of_their_own():
     program = built("kv-int8{layers=[0]},kv-zipcache{layers=[1],sinks=0,recent=1}")
-    assert [e.format and [p.code for p in e.format.partitions] for e in program.kv] == [["int8"], ["int4", "int2"]]
+    assert [e.format and [p.code for p in e.format.partitions] for e in program.kv] == [["int8"], ["int8", "int4", "int2"]]
     logits, cache = rollout(program, feeds([1], [5]), 4)
     assert np.isfinite(logits).all() and cache.parts["lengths.lo"][0].tolist() == [0]
 

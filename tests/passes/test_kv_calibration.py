@@ -34,10 +34,12 @@ def test_scales_stay_when_the_prompt_changes(ranges, tmp_path):
     save(ranges, tmp_path / "r.safetensors")
     program = run(toy(2), load(f"kv-int4{{margin=1,scales={tmp_path / 'r.safetensors'}}}"))
     one, two = (program["prefill"].run(feeds([1], [4], seed=s)) for s in (3, 4))
-    torch.testing.assert_close(one["k.0.scale"], two["k.0.scale"])
-    torch.testing.assert_close(one["k.0.scale"][0, :, 0], (ranges["k.0.max"] - ranges["k.0.min"]) / 15)
+    for name in ("k.0.lo.scale", "k.0.scale"):
+        torch.testing.assert_close(one[name], two[name])
+    torch.testing.assert_close(one["k.0.lo.scale"][0, :, 0], (ranges["k.0.max"] - ranges["k.0.min"]) / 15)
+    torch.testing.assert_close(one["k.0.scale"][0, :, 0], torch.maximum(ranges["k.0.max"], -ranges["k.0.min"]) / 127)  # what is appended
     plain = run(toy(2), load("kv-int4{margin=1}"))
-    assert not torch.equal(plain["prefill"].run(feeds([1], [4], seed=3))["k.0.scale"], one["k.0.scale"])
+    assert not torch.equal(plain["prefill"].run(feeds([1], [4], seed=3))["k.0.lo.scale"], one["k.0.lo.scale"])
 
 
 def test_an_empty_set_is_refused():

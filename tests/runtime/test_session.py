@@ -9,6 +9,7 @@ from fakes import EOS, IMAGE, PER_IMAGE, Engine, Processor, manifest
 from PIL import Image
 
 from foveate.runtime.errors import NumberError, RunError
+from foveate.runtime.result import cached_rows
 from foveate.runtime.session import Session
 
 
@@ -301,3 +302,9 @@ def test_extra_inputs_that_do_not_fit(extra, message):
         steered().generate(red(10), "<image> a", extra=extra, max_new_tokens=1)
     with pytest.raises(RunError, match=r"no extra inputs \['text'\]; it takes none"):
         session().generate(red(10), "<image> a", extra={"text": [1]}, max_new_tokens=1)
+
+
+def test_cached_rows_are_those_of_all_partitions():
+    lengths = {"kv_lengths": np.array([[1, 1], [5, 3]]), "kv_lengths.lo": np.array([[4, 2], [0, 0]]), "logits": np.zeros(3)}
+    assert cached_rows(lengths).tolist() == [[5, 3], [5, 3]]
+    assert cached_rows({"logits": np.zeros(3)}) is None
