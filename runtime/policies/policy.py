@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import RunError
 from ..prompts import Sample
-from ..result import Generation, Timings, clock
+from ..result import Generation, Timings, cached_rows, clock
 from ..sampling import Choose, chooser
 from ..session import Read, Seen, Session, Stop, Stream, _pictures
 from .buckets import Run, check, vision_of
@@ -159,7 +159,7 @@ class Policy(ABC):
             request.said = {
                 "bucket": bucket, "tokens": tokens[own], "finish": finish[own], "layout": read.seen.batch.layouts[row], "pictures": pictures[row],
                 "kept": {k: v[row : row + 1] for k, v in kept.items()} | _per_image(read.seen, row),
-                "kv_rows": None if (rows := read.outputs.get("kv_lengths")) is None else rows[:, row],
+                "kv_rows": None if (rows := cached_rows(read.outputs)) is None else rows[:, row],
                 "kv_bytes": None if bytes_ is None else bytes_ // len(chosen),
                 "clip": part.cache.clip_rate() if hasattr(part.cache, "clip_rate") else None,
             }
