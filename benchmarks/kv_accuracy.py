@@ -1,7 +1,7 @@
 """What a smaller KV cache costs in answers, on the testbed.
 
     python -m benchmarks.kv_accuracy [--items 300] [--pairs 1200] [--only NAME ...] [--parts PART ...]    # goes on where it stopped
-    python -m benchmarks.kv_accuracy --speed                                            # milliseconds; wants a quiet machine
+    python -m benchmarks.kv_accuracy --speed                                            # milliseconds of CPU
     python -m benchmarks.kv_accuracy --export build/kv_questions.npz                    # for kv_theirs.py, which runs elsewhere
     python -m benchmarks.kv_accuracy --theirs build/kv_theirs.json                      # what that wrote: scores, intervals
 
@@ -39,7 +39,7 @@ from benchmarks.testbed_table import Bench, Reader, apply, digest, pack, recipe_
 from examples.testbed import make_data
 from examples.testbed.dataset import Item, score
 from examples.testbed.evaluate import messages
-from foveate.graph.kv_format import FLOAT
+from foveate.graph.kv_format import FLOAT, KVFormat
 from foveate.graph.program import Program
 from foveate.runtime.prompts import Sample
 from foveate.runtime.session import Session
@@ -213,36 +213,44 @@ def held(program: Program, rows: dict[str, np.ndarray], long: bool = False) -> t
     long: as they would be behind a prompt of LONG tokens and LATER more, of which a partition with a fixed number of rows keeps that number.
     """
     found, tokens = [], float(rows["tokens"].mean())
-    grown = LONG / tokens if long else 1.0
     for element in (2, 4):
         have = whole = 0.0
         for row, e in enumerate(program.kv):
-            form, count = e.format or FLOAT, {}
-            for p in form.partitions:
-                n = float(rows[f"lengths{p.suffix()}"][row].mean())
-                count[p.name] = n * (1 if p.rows.isdigit() else grown) + (LATER if long and not p.name else 0)
+            form = e.format or FLOAT
+            count = {p.name: float(rows[f"lengths{p.suffix()}"][row].mean()) for p in form.partitions}
+            if long:
+                count = _lengthened(form, count, LONG / tokens)
             have += form.bytes(count, e.heads, e.head_dim, e.value_dim, element)
-            whole += (tokens * grown + (LATER if long else 0)) * e.heads * (e.head_dim + e.value_dim) * element
+            whole += (LONG + LATER if long else tokens) * e.heads * (e.head_dim + e.value_dim) * element
         found.append(have / whole)
     return found[0], found[1]
+
+
+def _lengthened(form: KVFormat, count: dict[str, float], times: float) -> dict[str, float]:
+    """Rows of a layer that holds `times` as many, LATER more of them appended."""
+    fixed = {p.name for p in form.partitions if p.rows.isdigit()}
+    grown, kept = (sum(n for name, n in count.items() if (name in fixed) == which) for which in (False, True))
+    more = ((grown + kept) * times - kept) / grown
+    return {name: n * (1 if name in fixed else more) + (0 if name else LATER) for name, n in count.items()}
 
 
 def _smaller(shares: Sequence[tuple[float, float]]) -> dict[str, float]:
     return {name: round(1 / float(np.mean([s[i] for s in shares])), 2) for i, name in enumerate(("of_fp16", "of_float32"))}
 
 
-def speed(ours: Ours, asks: Sequence[Ask], questions: int = 6, steps: int = 12) -> dict[str, float]:
-    """Median milliseconds of a prefill, its picture included, and of a step behind it; one question at a time, as kv_theirs.py."""
+def speed(ours: Ours, asks: Sequence[Ask], questions: int = 11, steps: int = 12) -> dict[str, float]:
+    """Medians of a prefill, its picture included, and of a step behind it, one question at a time, as kv_theirs.py: milliseconds of this one thread
+    (CPU time: the machine may be busy)."""
     ours.session.seen = None
     prefills, decodes = [], []
     for ask in asks[:questions]:
-        begin = time.perf_counter()
+        begin = time.process_time()
         step = ours.start([ask])
-        prefills.append(1e3 * (time.perf_counter() - begin))
+        prefills.append(1e3 * (time.process_time() - begin))
         for i in range(steps):
-            begin = time.perf_counter()
+            begin = time.process_time()
             step(np.array([[5]]), i)
-            decodes.append(1e3 * (time.perf_counter() - begin))
+            decodes.append(1e3 * (time.process_time() - begin))
     return {"prefill_ms": round(median(prefills[1:]), 3), "step_ms": round(median(decodes[steps:]), 3)}  # the first question warms up
 
 

@@ -10,7 +10,7 @@ Nothing of foveate is imported. The same tokens in the same steps as ours: the f
 answer and the second question token by token, then greedy tokens. A press shortens the cache behind the prompt, before the second question is
 known; positions go on as if it had not. "float" is a plain DynamicCache: its answers are to be those of our float cache.
 Bytes are of what the cache holds, packed as its bits say, scales included, per number of all tokens so far: behind the prompt, and at the end.
---speed: medians, one question at a time, milliseconds; wants a quiet machine.
+--speed: medians, one question at a time, milliseconds of CPU.
 """
 
 from __future__ import annotations
@@ -130,17 +130,17 @@ def bits(cache: Any, length: int) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def speed(model: Any, asked: Asked, make: Callable[[Any], Any], press: Any, questions: int = 6, steps: int = 12) -> dict[str, float]:
-    """Median milliseconds of a prefill, its picture included, and of a step behind it."""
+def speed(model: Any, asked: Asked, make: Callable[[Any], Any], press: Any, questions: int = 11, steps: int = 12) -> dict[str, float]:
+    """Medians of a prefill, its picture included, and of a step behind it: milliseconds of this one thread (CPU time: the machine may be busy)."""
     prefills, decodes = [], []
     for place in range(questions):
-        start = time.perf_counter()
+        start = time.process_time()
         cache = prefill(model, asked, [place], make, press)
-        prefills.append(1e3 * (time.perf_counter() - start))
+        prefills.append(1e3 * (time.process_time() - start))
         for i in range(steps):
-            start = time.perf_counter()
+            start = time.process_time()
             step(model, cache, np.array([5]), len(asked.prompts[place]) + i)
-            decodes.append(1e3 * (time.perf_counter() - start))
+            decodes.append(1e3 * (time.process_time() - start))
     return {"prefill_ms": round(median(prefills[1:]), 3), "step_ms": round(median(decodes[steps:]), 3)}  # the first question warms up
 
 
