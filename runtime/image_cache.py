@@ -80,9 +80,8 @@ class ImageCache:
         """The first question by a prefill of everything, against reading it behind the cache."""
         session, begin = self.session, _begin(layout, self.session.facts["image_token_id"])
         whole, _ = session.engine.prefill((seen := session.arrange([sample], self._vision)).batch.feeds, seen.batch.length)
-        image = len(layout.tokens[:begin])
         for name, kept in self._kept.items():
-            mine, theirs = (set(k[(k >= 0) & (k < image)].tolist()) for k in (kept[0], whole[name][0]))
+            mine, theirs = (set(k[(k >= 0) & (k < begin)].tolist()) for k in (kept[0], whole[name][0]))
             if mine != theirs:
                 self._refuse(f"{name} keeps {len(theirs - mine)} other visual tokens once the question is known")
         cache = self._cache.take(np.zeros(1, np.int64))

@@ -77,8 +77,7 @@ class Session:
         the result; the prompt is computed once. Raises a RunError; a NumberError when the model's logits are no numbers.
         """
         config, steps = self._config(options), self._budget(max_new_tokens)
-        if not isinstance(num_return_sequences, int) or isinstance(num_return_sequences, bool) or num_return_sequences < 1:
-            raise RunError(f"generate: num_return_sequences is {num_return_sequences!r}; it must be a whole number of at least 1")
+        check_copies(num_return_sequences)
         timings = Timings()
         with clock(timings, "preprocess_ms"):
             samples = self.prepare(images, prompt, messages)
@@ -424,6 +423,11 @@ def _row_per_picture(extra: Mapping[str, Any], spec: Mapping[str, Any], pictures
     if value.ndim != len(width) + 1 or list(value.shape[1:]) != list(width) or len(value) not in (1, pictures):
         raise RunError(f"generate: extra[{name!r}] is {list(np.shape(extra[name]))}; {pictures} picture(s) need {[pictures, *width]} or one row {width}")
     return np.broadcast_to(value, (pictures, *value.shape[1:])).astype(np.dtype(spec["dtype"]))
+
+
+def check_copies(count: Any) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise RunError(f"generate: num_return_sequences is {count!r}; it must be a whole number of at least 1")
 
 
 def checked(logits: np.ndarray, stage: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from ..errors import RunError
 from ..prompts import Sample
 from ..result import Generation, Timings, cached_rows, clock
 from ..sampling import Choose, chooser
-from ..session import Read, Seen, Session, Stop, Stream, _pictures
+from ..session import Read, Seen, Session, Stop, Stream, _pictures, check_copies
 from .buckets import Run, check, vision_of
 
 
@@ -113,8 +113,7 @@ class Policy(ABC):
         """As `Session.generate`. A streamer gets nothing before the bucket that answers is known."""
         if self.thresholds is None:
             raise RunError(f"{self.name}: it has no thresholds; give them, or find them with calibrate()")
-        if not isinstance(num_return_sequences, int) or isinstance(num_return_sequences, bool) or num_return_sequences < 1:
-            raise RunError(f"generate: num_return_sequences is {num_return_sequences!r}; it must be a whole number of at least 1")
+        check_copies(num_return_sequences)
         first, timings = self.buckets[0], Timings()
         known = {n for b in self.buckets for n in b.facts.get("vision_extra") or ()}
         if unknown := sorted(set(extra or {}) - known):

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from ...export.artifact import MANIFEST
+from .. import session
 from ..errors import RunError
-from ..session import Session, load
 from .calibrate import Calibration
 from .coarse_to_fine import CoarseToFine
 from .density_budget import DensityBudget
@@ -59,20 +59,20 @@ def load_policy(path: str | Path, verify: bool = True) -> Policy:
     sessions: list[Any] = []
     try:
         for place in places:
-            sessions.append(load(place, verify))
+            sessions.append(session.load(place, verify))
         policy = kind(sessions, record["thresholds"], **{n: record[n] for n in kind.settings})
     except Exception:
-        for session in sessions:
-            session.close()
+        for one in sessions:
+            one.close()
         raise
     if "calibration" in record:
         policy.calibration = Calibration(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["calibration"].items()})
     return policy
 
 
-def opened(path: str | Path, verify: bool = True) -> Session | Policy:
+def opened(path: str | Path, verify: bool = True) -> session.Session | Policy:
     """An artifact folder or a policy file, ready to `generate`."""
-    return load_policy(path, verify) if Path(path).is_file() else load(path, verify)
+    return load_policy(path, verify) if Path(path).is_file() else session.load(path, verify)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -113,7 +113,7 @@ def test_the_portable_spelling_alone_equals_eager(tmp_path):
 
 def test_layers_unpack_in_turn_into_the_same_memory(tmp_path):
     """What a step unpacks is one layer's, whatever their number; ONNX Runtime unpacks a layer after the attention of the one before."""
-    program, _, ort = pair("kv-zipcache{sinks=1,recent=2,important=0.3,layers=[0,1]}", tmp_path)
+    program, _, ort = pair("kv-zipcache{sinks=1,recent=2,important=0.3,layers=[0,1],appended=int4}", tmp_path)
     feeds = prompt(program, batch=2, visual=24, text=8)
     _, cache = ort.prefill(feeds, 40)
     outputs = ort.manifest["decode"]["scratch"]
