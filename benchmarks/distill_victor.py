@@ -66,7 +66,7 @@ VISION = ("space-to-depth", "matryoshka-mix")  # they change what the vision sta
 ELASTIC = {"elastic": list(SIZES)}  # one training for all of them
 
 
-LONG = {"steps": 2000}
+LONG, LONGER = {"steps": 2000}, {"steps": 6000}
 
 
 def t1(layer: int, registers: int = 8, more: str = ",content=visual") -> str:
@@ -79,6 +79,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "none-m0-k2": (t1(2, 0, ""), LONG),
     "random8-k2": (f"drop-random{{layer=2,keep=8}}, {LORA}", LONG),
     "attention8-k2": (f"drop-fastv{{layer=2,keep=8}}, {LORA}", {"packed": False, "steps": 500}),  # questions alone: as many CPU seconds, not rows
+    "victor-m8-k2-long": (t1(2), LONGER),
+    "victor-m8-k2-focus": (t1(2), LONGER | {"focus": 0.5}),
+    "none-m0-k2-long": (t1(2, 0, ""), LONGER),
+    "random8-k2-long": (f"drop-random{{layer=2,keep=8}}, {LORA}", LONGER),
     "words-m8-k2": (t1(2, 8, ""), LONG),  # registers that hold nothing of the image at first, as published
     "blind-m32-k4": (t1(4, 32, ",content=visual,question_blind=true"), LONG),
     "elastic-k1": (t1(1), ELASTIC),

@@ -78,7 +78,7 @@ def _take_packed(stage: Stage, past: Node, bits: int) -> None:
     val = past.meta["val"]
     readers = [u for u in past.users if u.target not in (aten.sym_size.int, foveate.kv_mask.default, foveate.kv_held.default)]  # rows only
     with fake_mode(stage):
-        past.meta["val"] = torch.empty((*val.shape[:3], packed_width(int(val.shape[3]), bits)), dtype=torch.uint8)
+        past.meta["val"] = torch.empty((*val.shape[:3], packed_width(int(val.shape[3]), bits)), dtype=torch.uint8, device=val.device)
     codes = splice(stage, min(readers), _unpack, past, bits, int(val.shape[3]))
     for reader in readers:
         reader.replace_input_with(past, codes)

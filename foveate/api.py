@@ -221,9 +221,10 @@ def make_plan(
         run(program, chosen, passed)
         marks.write(program)
         inserted = _learn(program, chosen, learned_from, progress)
-        report = Report(chosen.name, before, Figures.of(program, text_tokens))
     with _fails_as(UNSUPPORTED):
         limits = backend.check(program, settings) if backend else []
+        scratch: dict[str, Any] = {"scratch": lambda p, sizes: backend.scratch(p, settings, sizes)} if backend and not limits else {}
+        report = Report(chosen.name, before, Figures.of(program, text_tokens, **scratch))
     return Plan(program, report, chosen, model, processor, limits, source, inserted)
 
 

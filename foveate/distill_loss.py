@@ -44,7 +44,12 @@ def _stack(parts: Sequence[Tensor], length: int) -> Tensor:
 
 
 def kl(logits: Tensor, to: Target, temperature: float = 1.0) -> Tensor:
-    """logits[B, R, V] of the student -> sum over answer rows of tau^2 KL(teacher || student), in nats, divided by the batch's number of answers
+    """logits[B, R, V] of the student -> sum over answer rows of tau^2 KL(teacher || student), in nats, divided by the batch's number of answers"""
+    return divergences(logits, to, temperature).sum() / to.answers
+
+
+def divergences(logits: Tensor, to: Target, temperature: float = 1.0) -> Tensor:
+    """logits[B, R, V] of the student -> tau^2 KL(teacher || student) of every answer row, one sample after the other, in nats
 
     Where only the teacher's best tokens are known, the rest of the vocabulary is one outcome; at a temperature other than 1 it is left out.
     """
@@ -58,7 +63,12 @@ def kl(logits: Tensor, to: Target, temperature: float = 1.0) -> Tensor:
             p, q = _with_rest(theirs), _with_rest(q)
         else:
             p, q = (theirs / temperature).log_softmax(-1), (mine.gather(1, index) / temperature).log_softmax(-1)
-    return temperature**2 * (p.exp() * (p - q)).sum() / to.answers
+    return temperature**2 * (p.exp() * (p - q)).sum(-1)
+
+
+def gaps(divergence: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The mean of `divergences` over the answers of each of these rows."""
+    return torch.stack([part.mean() for part in divergence.detach().split([r.answers for r in rows])])
 
 
 def _with_rest(log_p: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .distill_data import Cache, Row, collate
 from .distill_error import DistillError
-from .distill_loss import Target, agreeing, hidden_error, kl, target
+from .distill_loss import Target, agreeing, divergences, gaps, hidden_error, kl, target
 from .distill_view import trainable
 from .graph.program import Program
 from .passes.insert import PREFIX, save_weights
@@ -48,6 +48,7 @@ class Settings:
     stitch_layer: int = 0  # > 0: begin with `stitch_steps` steps that only compare hidden rows at this layer, without running the rest
     stitch_steps: int = 0
     elastic: tuple[int, ...] = ()  # numbers of registers that one training is to serve; a step draws one
+    focus: float = 0.0  # of a step's rows are drawn by how far the student was from the teacher when it last saw them; the others come in turn
     anneal: tuple[int, ...] = ()  # layers at which the first `anneal_share` of the steps cut, one after the other, before the recipe's own
     anneal_share: float = 0.3
     held_out: int = 64  # sources that are never trained on
@@ -68,6 +69,8 @@ class Settings:
                 raise DistillError(f"distill: {name} is {getattr(self, name)}; it must be at least 1")
         if self.batch % (self.accumulate * world()[1]):
             raise DistillError(f"distill: a batch of {self.batch} cannot be divided into {self.accumulate} parts on each of {world()[1]} processes")
+        if not 0 <= self.focus < 1:
+            raise DistillError(f"distill: focus is {self.focus}; it is a share of a step's rows, at least 0 and below 1, so that all are seen in turn")
         if self.precision not in ("float32", "bfloat16"):
             raise DistillError(f"distill: precision {self.precision!r} is none of ['float32', 'bfloat16']")
         if self.stitch_steps and not self.stitch_layer:
@@ -130,16 +133,17 @@ class Together(nn.Module):
         super().__init__()
         self.tensors, self.settings = nn.ParameterList(tensors.values()), settings
 
-    def forward(self, student: Student, rows: Sequence[Row], to: Target, stitched: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """-> loss, KL, hidden error: parts of the batch's, so that they add up over parts and processes"""
+    def forward(self, student: Student, rows: Sequence[Row], to: Target, stitched: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> loss, KL, hidden error: parts of the batch's, so that they add up over parts and processes; and the gap of every row"""
         s = self.settings
         out = student(rows, s.device, stitched)
         layers = [s.stitch_layer] if stitched else [int(n.partition(".")[2]) for n in out if n.startswith("hidden.") and s.hidden_weight]
         error = hidden_error({l: out[f"hidden.{l}"] for l in layers}, to)
         if stitched:
-            return error, torch.zeros(()), error.detach()
-        distance = kl(out["logits"], to, s.temperature)
-        return s.kl_weight * distance + s.hidden_weight * error, distance.detach(), error.detach()
+            return error, torch.zeros(()), error.detach(), torch.full([len(rows)], math.nan)
+        apart = divergences(out["logits"], to, s.temperature)
+        distance = apart.sum() / to.answers
+        return s.kl_weight * distance + s.hidden_weight * error, distance.detach(), error.detach(), gaps(apart, rows)
 
 
 class Trainer:
@@ -157,6 +161,7 @@ class Trainer:
         if not settings.packed:
             self.held = [part for row in self.held for part in row.split()]
         self.train = [(i, r) for i in range(held, cache.count) for r in range(len(cache.rows(i)))]
+        self.gap = np.full(len(self.train), math.nan)  # of every row, when it was last seen
         groups: dict[float, list[nn.Parameter]] = {}
         for name, tensor in self.tensors.items():
             tensor.requires_grad_(True)
@@ -209,30 +214,37 @@ class Trainer:
         factor = min(1.0, (step + 1) / max(s.warmup, 1)) * (s.floor + (1 - s.floor) * 0.5 * (1 + math.cos(math.pi * step / s.steps)))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        rows = self.batch(step)
+        drawn = self.draw(step)
+        rows = [self.cache.rows(source)[row] for source, row in (self.train[n] for n in drawn)]
         answers, texts = sum(r.answers for r in rows), sum(r.texts for r in rows)
         mine = rows[self.rank :: self.processes]
         size = len(mine) // s.accumulate
         alone = (lambda part: part) if s.packed else (lambda part: [one for row in part for one in row.split()])
         student, stitched = self.students[self.plan(step)], step < s.stitch_steps
-        total = torch.zeros(3, dtype=torch.float64)
+        total, apart = torch.zeros(3, dtype=torch.float64), []
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(s.accumulate):
-            some = alone(mine[part * size : (part + 1) * size])
+            whole = mine[part * size : (part + 1) * size]
+            some = alone(whole)
             to = _to(target(some, answers, texts), s.device)
             wait = self.module.no_sync() if self.accelerator and part + 1 < s.accumulate else nullcontext()
             with wait, torch.autocast(s.device.partition(":")[0], torch.bfloat16, enabled=s.precision == "bfloat16"):
-                values = self.module(student, some, to, stitched)
+                *values, gap = self.module(student, some, to, stitched)
                 self._backward(values[0] * self.processes)  # data parallel averages over processes; the parts are to be added
             total += torch.stack([v.detach().double().cpu() for v in values])
+            apart += [g.mean() for g in gap.split([1 if s.packed else len(r.segments) for r in whole])]
+        gap = torch.stack(apart).double()
         if self.accelerator:
             total = self.accelerator.reduce(total.to(self.accelerator.device), "sum").cpu()
+            gap = self.accelerator.gather(gap.to(self.accelerator.device)).view(self.processes, -1).T.flatten()
         if not torch.isfinite(total).all():
             raise self._broken("loss", float(total[0]))
         norm = nn.utils.clip_grad_norm_(list(self.tensors.values()), s.clip)
         if not torch.isfinite(norm):
             raise self._broken("gradient", float(norm))
         self.optimizer.step()
+        if not stitched:
+            self.gap[drawn] = gap.cpu().numpy()
         loss, distance, error = total.tolist()
         return {"step": step + 1, "loss": loss, "kl": distance, "hidden": error, "norm": float(norm), "factor": round(factor, 6), "student": student.name}
 
@@ -249,13 +261,19 @@ class Trainer:
         kept = f"the last good checkpoint is {state}" if state.is_file() else "there was no checkpoint yet"
         return DistillError(f"distill: the {what} is {value} at step {self.step + 1}; training stopped and {kept}; try a smaller lr (now {self.settings.lr})")
 
-    def batch(self, step: int) -> list[Row]:
-        """The rows of a step: a function of seed and step alone."""
-        s, count, found = self.settings, len(self.train), []
-        for n in range(step * s.batch, (step + 1) * s.batch):
-            epoch, at = divmod(n, count)
-            source, row = self.train[_order(s.seed, epoch, count)[at]]
-            found.append(self.cache.rows(source)[row])
+    def draw(self, step: int) -> list[int]:
+        """Which of `train` a step sees: a function of the seed, the step and, for `focus` of them, the gaps seen so far.
+
+        Loshchilov and Hutter, "Online batch selection for faster training of neural networks" (2016), with the loss itself for a probability.
+        """
+        s, count = self.settings, len(self.train)
+        hard = min(int(s.focus * s.batch + 0.5), s.batch - 1)
+        easy = s.batch - hard
+        found = [int(_order(s.seed, n // count, count)[n % count]) for n in range(step * easy, (step + 1) * easy)]
+        if hard:
+            known = float(np.nanmean(self.gap)) if np.isfinite(self.gap).any() else 1.0
+            weight = np.nan_to_num(self.gap, nan=known) + 1e-6
+            found += np.random.default_rng([s.seed, step, 1]).choice(count, hard, p=weight / weight.sum()).tolist()
         return found
 
     # ---- judging
@@ -289,7 +307,7 @@ class Trainer:
             return
         state = {"step": self.step, "best": self.best, "best_kl": self.best_kl, "stale": self.stale,
                  "tensors": {n: t.detach().cpu() for n, t in self.tensors.items()},
-                 "optimizer": self.optimizer.state_dict(), "seed": self.settings.seed}
+                 "optimizer": self.optimizer.state_dict(), "gap": torch.from_numpy(self.gap), "seed": self.settings.seed}
         partial = self.folder / f".{STATE}.part"
         torch.save(state, partial)
         os.replace(partial, self.folder / STATE)
@@ -300,10 +318,13 @@ class Trainer:
             state = torch.load(path, map_location=self.settings.device, weights_only=True)
             if {n: t.shape for n, t in state["tensors"].items()} != {n: t.shape for n, t in self.tensors.items()}:
                 raise DistillError(f"distill: the checkpoint in {self.folder} has other tensors than this recipe; choose another output folder")
+            if (rows := len(state.get("gap", self.gap))) != len(self.gap):
+                raise DistillError(f"distill: the checkpoint in {self.folder} is of {rows} rows, the data have {len(self.gap)}; choose another output folder")
             with torch.no_grad():
                 for name, tensor in self.tensors.items():
                     tensor.copy_(state["tensors"][name])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.gap = np.array(state.get("gap", self.gap))  # an older checkpoint has none
             self.step, self.best, self.best_kl, self.stale = state["step"], state["best"], state["best_kl"], state["stale"]
             self.say({"step": self.step, "resumed": str(path)})
         if self.rank == 0:  # lines behind the checkpoint will come again

@@ -18,8 +18,9 @@ class Marks:
 
     def __call__(self, record: PassRecord, program: Program) -> None:
         for stage, node in _operations(program):
-            if node.name not in self.known[stage]:
-                self.known[stage].add(node.name)
+            known = self.known.setdefault(stage, set())  # a pass may add a stage
+            if node.name not in known:
+                known.add(node.name)
                 self.owner[stage, node.name] = record.name
 
     def write(self, program: Program) -> None:

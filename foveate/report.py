@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ import sympy
 
 from .graph.cost import OTHER, cost
 from .graph.errors import GraphError
-from .graph.kv_table import symbols
-from .graph.program import Program
+from .graph.kv_table import past_symbol, symbols
+from .graph.program import KVLayer, Program
 
+Scratch = Callable[[Program, Mapping[str, int]], int]
 TEXT_TOKENS = 32  # prompt tokens besides the pictures, when the caller does not say
 
 
@@ -35,14 +37,16 @@ class Figures:
     decode_flops: int
     kv_bytes: int
     decode_bytes: int  # weights and cache that one decode step reads and writes
+    scratch_bytes: int = 0  # what a decode step of the target needs beside the cache
 
     @classmethod
-    def of(cls, program: Program, text_tokens: int = TEXT_TOKENS, images: int = 1) -> Figures:
+    def of(cls, program: Program, text_tokens: int = TEXT_TOKENS, images: int = 1, scratch: Scratch = lambda program, sizes: 0) -> Figures:
+        """scratch: what the target says of its `scratch_bytes`"""
         N = visual_tokens(program, images)
         sizes = {"B": 1, "S": text_tokens + N, "N": N, "C": 1}  # C: this prompt has no long prefix to compress
         prefill = cost(program, "prefill").at(**sizes)
         rows = {row["layer"]: row["tokens"] for row in prefill["layers"] if row["layer"] != OTHER and row["tokens"]}
-        lengths = {f"P{e.layer}": _length(e.length, sizes) for e in program.kv}
+        lengths = {past_symbol(f"past_k.{e.layer}{suffix}"): _length(rows, sizes) for e in program.kv for suffix, rows in _stored(e)}
         decode = cost(program, "decode").at(B=1, **lengths)
         return cls(
             Workload(text_tokens, images, N),
@@ -52,6 +56,7 @@ class Figures:
             decode["flops"],
             prefill["kv_bytes"],
             decode["bytes"],
+            scratch(program, sizes),
         )
 
 
@@ -80,9 +85,12 @@ class Report:
             ("prefill GFLOPs", "prefill_flops", 1e9),
             ("decode MFLOPs per token", "decode_flops", 1e6),
             ("KV cache MB per sample", "kv_bytes", 1e6),
+            ("decode scratch MB per sample", "scratch_bytes", 1e6),
             ("decode MB moved per token", "decode_bytes", 1e6),
         ):
             x, y = getattr(a, name), getattr(b, name)
+            if not x and not y and name == "scratch_bytes":
+                continue
             out.append((label, f"{x / unit:,.3f}", f"{y / unit:,.3f}", _times(x, y)))
         return out
 
@@ -163,10 +171,15 @@ def _any_hint(stage: Any, symbol: Any) -> int:
     raise GraphError(f"report: size {symbol} of the vision stage belongs to no input")
 
 
+def _stored(entry: KVLayer) -> list[tuple[str, str]]:
+    """How many rows a layer's partitions have behind the prompt: (suffix, expression)."""
+    return [(p.suffix(), p.rows) for p in entry.format.partitions] if entry.format else [("", entry.length)]
+
+
 def _length(expression: str, sizes: dict[str, int]) -> int:
     letters = {name: sympy.Symbol(name) for name in sizes}
     return int(sympy.sympify(expression, locals=letters).subs({letters[k]: v for k, v in sizes.items()}))
 
 
 def _times(before: float, after: float) -> str:
-    return "-" if not after else f"{before / after:.2f}x"
+    return "-" if not (before and after) else f"{before / after:.2f}x"

@@ -18,10 +18,11 @@ from torch.fx import Node
 
 from .kv_format import FLOAT
 from .kv_table import symbols
-from .program import Program, Stage
+from .program import KVLayer, Program, Stage
 from .sites import layer_of
 
 A, F = torch.ops.aten, torch.ops.foveate
+ATTENTION = (F.attention.default, F.attention_varlen.default)
 OTHER = -1  # the row of nodes outside layers: embedding, head, selection
 
 
@@ -65,21 +66,27 @@ def evaluate(expr: sympy.Expr, sizes: Mapping[str, int]) -> int:
 
 
 def cost(program: Program, stage: str = "prefill") -> Cost:
-    """FLOPs of every linear, matmul, convolution and attention node; bytes of every tensor read and written; KV bytes of the KV table."""
+    """FLOPs of every linear, matmul, convolution and attention node; bytes of every tensor read and written; KV bytes of the KV table.
+
+    A cache is read once, by the attention and as it is stored: appending and dequantizing are part of that kernel. Where a target cannot do so it
+    says it when it builds.
+    """
     graph = program[stage]
     pattern = re.compile(program.facts.vision_layer_path if stage == "vision" else program.facts.layer_path)
     names = {s: sympy.Symbol(n, integer=True, positive=True) for s, n in symbols(graph).items()}
     flops: dict[int, list[Any]] = {}
     moved: dict[int, list[Any]] = {}
     tokens: dict[int, Any] = {}
+    cached, pasts = _of_the_cache(graph), {n.meta.get("name", n.name): n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"}
+    held = {e.layer: _held(program, e, pasts, "past_k") for e in program.kv} if cached else {}
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue
         layer = layer_of(node, pattern)
         layer = OTHER if layer is None else layer
         flops.setdefault(layer, []).append(_flops(node))
-        moved.setdefault(layer, []).append(_bytes(node))
-        if node.target in (F.attention.default, F.attention_varlen.default):
+        moved.setdefault(layer, []).append(_bytes(node, cached, held))
+        if node.target in ATTENTION:
             tokens.setdefault(layer, _size(node.args[1].meta["val"].shape[2]))
     rows = tuple(Row(i, _named(tokens.get(i, 0), names), _named(sympy.Add(*flops[i]), names), _named(sympy.Add(*moved[i]), names)) for i in sorted(flops))
     return Cost(rows, _kv_bytes(program, graph, names) if stage == "prefill" else sympy.Integer(0))
@@ -87,14 +94,16 @@ def cost(program: Program, stage: str = "prefill") -> Cost:
 
 def _kv_bytes(program: Program, stage: Stage, names: dict[Any, Any]) -> sympy.Expr:
     """Of a batch, all overheads included: `KVFormat.bytes` over the rows that the prefill returns."""
-    outputs, element = stage.output_nodes, getattr(torch, program.facts.dtype).itemsize
-    total: Any = sympy.Integer(0)
-    for entry in program.kv:
-        form = entry.format or FLOAT
-        stored = {p.name: outputs[f"k.{entry.layer}{p.suffix()}"].meta["val"].shape for p in form.partitions}
-        rows = {name: _size(shape[2]) for name, shape in stored.items()}
-        total += _size(next(iter(stored.values()))[0]) * form.bytes(rows, entry.heads, entry.head_dim, entry.value_dim, element)
-    return _named(total, names)
+    outputs = {n: node.meta["val"] for n, node in stage.output_nodes.items()}
+    return _named(sympy.Add(*(_held(program, entry, outputs, "k") for entry in program.kv)), names)
+
+
+def _held(program: Program, entry: KVLayer, values: Mapping[str, Any], key: str) -> Any:
+    """Bytes of one layer's cache, whose keys are the values `key`.<layer>.<partition>."""
+    form, element = entry.format or FLOAT, getattr(torch, program.facts.dtype).itemsize
+    shapes = {p.name: values[f"{key}.{entry.layer}{p.suffix()}"].shape for p in form.partitions}
+    rows = {name: _size(shape[2]) for name, shape in shapes.items()}
+    return _size(next(iter(shapes.values()))[0]) * form.bytes(rows, entry.heads, entry.head_dim, entry.value_dim, element)
 
 
 def _named(expr: Any, names: dict[Any, Any]) -> sympy.Expr:
@@ -134,10 +143,25 @@ VIEWS = (
 )
 
 
-def _bytes(node: Node) -> Any:
-    if any(word in str(node.target) for word in VIEWS):
+def _of_the_cache(stage: Stage) -> set[Node]:
+    """A cache, and what is made of it before an attention reads it."""
+    found: set[Node] = set()
+    for node in stage.graph.nodes:
+        if node.op == "placeholder":
+            made = node.meta.get("name", node.name).startswith(("past_k.", "past_v."))
+        else:
+            made = node.target not in ATTENTION and not isinstance(node.meta.get("val"), torch.SymInt) and not found.isdisjoint(node.all_input_nodes)
+        if made:
+            found.add(node)
+    return found
+
+
+def _bytes(node: Node, cached: set[Node], held: Mapping[int, Any]) -> Any:
+    if node in cached or any(word in str(node.target) for word in VIEWS):
         return sympy.Integer(0)
-    return sum((_tensor_bytes(a.meta.get("val")) for a in node.all_input_nodes), _tensor_bytes(node.meta.get("val")))
+    read = [_tensor_bytes(a.meta.get("val")) for a in node.all_input_nodes if a not in cached]
+    stored = [] if cached.isdisjoint(node.all_input_nodes) else [held[node.args[-1]]]
+    return sympy.Add(*read, *stored, _tensor_bytes(node.meta.get("val")))
 
 
 def _flops(node: Node) -> Any:

@@ -14,9 +14,20 @@ from .program import Stage
 
 def fake_mode(stage: Stage) -> FakeTensorMode:
     """The mode that the stage's own placeholders live in (its symbols are the program's symbols)."""
+    return _given(stage).fake_mode
+
+
+def new_value(stage: Stage, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The type of a new input, on the device that the stage was captured on."""
+    like = _given(stage)
+    with like.fake_mode:
+        return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+
+
+def _given(stage: Stage) -> FakeTensor:
     for node in stage.graph.nodes:
         if node.op == "placeholder" and isinstance(node.meta.get("val"), FakeTensor):
-            return node.meta["val"].fake_mode
+            return node.meta["val"]
     raise GraphError("retype: no placeholder carries a fake tensor; was this stage captured?")
 
 

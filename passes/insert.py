@@ -29,7 +29,7 @@ class Insertion(Pass):
     """A pass that adds trainable tensors. `elastic` ones may be loaded from a longer table: their first rows are meant to be used alone."""
 
     def learn(self, program: Program, stage: str, before: Node, what: str, initial: Callable[[], Tensor]) -> Node:
-        """The tensor `learned.<pass>.<what>` as a node of the stage; the first to ask makes it from `initial` (on CPU, float32)."""
+        """The tensor `learned.<pass>.<what>` as a node of the stage; the first to ask makes it from `initial` (float32)."""
         name = f"{PREFIX}{self.name}.{what}"
         known = learned(program)
         if name in known:

@@ -14,14 +14,12 @@ from typing import Annotated, Any, ClassVar
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from ..graph.kv_format import KVFormat, Partition
 from ..graph.kv_table import derive_kv, past_symbol
 from ..graph.program import KVLayer, Program, Stage
-from ..graph.retype import fake_mode, reroute, retype
+from ..graph.retype import new_size, new_value, reroute, retype
 from ..graph.splice import splice
 from ..graph.stage import sweep
 from . import kv_codecs
@@ -131,8 +129,8 @@ def _take_grown(stage: Stage, entry: KVLayer, which: str, past: Node, append: No
     if part.code == "float":
         return
     name, new, dtype = f"past_{which}.{entry.layer}", append.args[1], past.meta["val"].dtype
-    past.meta["val"] = typed(stage, past.meta["val"].shape, torch.int8)
-    state = [stage.add_input(f"{name}.{s}", typed(stage, state_shape(part, which, past, s), dtype)) for s in part.states(which)]
+    past.meta["val"] = new_value(stage, past.meta["val"].shape, torch.int8)
+    state = [stage.add_input(f"{name}.{s}", new_value(stage, state_shape(part, which, past, s), dtype)) for s in part.states(which)]
     alone = part.per(which).startswith(("token", "group"))  # the new row brings its own scale and centre
     brought = [s for s in part.states(which) if s != "balance"] if alone else []
 
@@ -154,10 +152,10 @@ def _take_read(stage: Stage, entry: KVLayer, which: str, past: Node, attention: 
     name, like = f"past_{which}.{entry.layer}{part.suffix()}", past.meta["val"]
     dtype = joined.meta["val"].dtype
     known = f"past_k.{entry.layer}{part.suffix()}"
-    rows = stage.placeholder(known).meta["val"].shape[2] if known in stage.inputs else symbol(stage, past_symbol(known))
+    rows = stage.placeholder(known).meta["val"].shape[2] if known in stage.inputs else new_size(stage, past_symbol(known), SAMPLE)
     shape = (*like.shape[:2], rows, like.shape[3])
-    codes = stage.add_input(name, typed(stage, shape, dtype if part.code == "float" else torch.int8))
-    state = [stage.add_input(f"{name}.{s}", typed(stage, state_shape(part, which, codes, s), dtype)) for s in part.states(which)]
+    codes = stage.add_input(name, new_value(stage, shape, dtype if part.code == "float" else torch.int8))
+    state = [stage.add_input(f"{name}.{s}", new_value(stage, state_shape(part, which, codes, s), dtype)) for s in part.states(which)]
 
     def join(codes: Tensor, new: Tensor, *state: Tensor) -> Tensor:
         return torch.cat([kv_codecs.decode(codes, state, part, which, dtype), new], 2)
@@ -173,15 +171,3 @@ def state_shape(part: Partition, which: str, codes: Node, state: str) -> tuple[A
     kind, _, size = part.per(which).partition(":")
     n = int(size or 1)
     return {"channel": (B, G, 1, D), "token": (B, G, T, 1), "group": (B, G, T, D // n), "block": (B, G, (T + n - 1) // n, D)}[kind]
-
-
-def typed(stage: Stage, shape: Any, dtype: torch.dtype) -> Tensor:
-    with fake_mode(stage):
-        return torch.empty(tuple(shape), dtype=dtype)
-
-
-def symbol(stage: Stage, name: str) -> Any:
-    """A size that is independent of all others."""
-    sample = torch.empty(SAMPLE)
-    context = StatelessSymbolicContext([DimDynamic.DYNAMIC])
-    return fake_mode(stage).from_tensor(sample, source=ConstantSource(name), symbolic_context=context).shape[0]

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from ..graph.program import Program, Stage
-from ..graph.retype import fake_mode
+from ..graph.retype import new_value
 from ..graph.sites import layer_of
 from .base import PassError
 from .vision_layout import Layout, Mixed, find_layout
@@ -156,8 +156,7 @@ def _sliced_from(features: Node, n: int) -> Node | None:
 def external(program: Program, name: str, images: Any, width: Any, dtype: torch.dtype) -> Node:
     """The stage input `name`[images, width], listed in facts.vision_extra: text in the space of the tokens, or saliency per token."""
     stage, facts = program["vision"], program.facts
-    with fake_mode(stage):
-        node = stage.add_input(name, torch.empty((images, width), dtype=dtype))
+    node = stage.add_input(name, new_value(stage, (images, width), dtype))
     if name not in facts.vision_extra:
         program.facts = replace(facts, vision_extra=(*facts.vision_extra, name))
         if "vision" in program.example:

@@ -52,8 +52,8 @@ class ImageCache:
         for sample, question in zip(samples, asked, strict=True):
             if not np.array_equal(sample.tokens[: len(self._begin)], self._begin) or len(sample.tokens) == len(self._begin):  # type: ignore[arg-type]
                 raise RunError(f"look: the prompt of {question!r} does not begin as the first one did; the chat template puts text before its pictures")
-        many = {n: np.concatenate([a] * len(samples)) for n, a in self._vision.items()}
-        layouts = session.arrange(samples, many).batch.layouts
+        kept = {n: np.concatenate([a] * len(samples)) for n, a in self._vision.items() if n.startswith("kept.")}
+        layouts = session.lay(samples, kept)[2]
         if first:
             self._check(samples[0], layouts[0])
         choose = chooser(config, session.eos, [len(o.tokens) for o in layouts], seed)

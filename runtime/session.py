@@ -15,7 +15,7 @@ from ..export.artifact import Artifact
 from ..export.backends.base import find
 from ..export.errors import CacheFullError
 from . import prompts
-from .batch import Batch, assemble, image_groups, lay_out
+from .batch import Batch, Layout, assemble, image_groups, lay_out
 from .context import compressed
 from .errors import NumberError, RunError
 from .prompts import Sample
@@ -144,21 +144,29 @@ class Session:
 
     def arrange(self, samples: Sequence[Sample], outputs: Mapping[str, np.ndarray]) -> Seen:
         """The padded feeds of prefill, given what the vision stage returned for all pictures of all samples."""
+        kept = {k: v for k, v in outputs.items() if k.startswith("kept.")}
+        groups, rows, layouts = self.lay(samples, kept)
+        features = {name: _regroup(outputs.get(name), rows, name, self._feature_width(name)) for name in self.facts["features"]}
+        return Seen(assemble(layouts, features, self.facts, self.pad), kept, groups, features)
+
+    def lay(self, samples: Sequence[Sample], kept: Mapping[str, np.ndarray]) -> tuple[list[tuple[np.ndarray, ...]], list[list[int]], list[Layout]]:
+        """Per sample: the places of its images' placeholders, how many tokens each image has left, and its tokens with their positions.
+
+        kept: the vision stage's kept.<site> of all pictures.
+        """
         rule, grids = self.facts["positions"], [s.vision.get("image_grid_thw") for s in samples]
         merge = int(rule.get("merge", 1))
         groups = [
             image_groups(s.tokens, self.facts["image_token_id"], len(s.pictures), self.facts.get("tokens_per_image"), g, merge)
             for s, g in zip(samples, grids, strict=True)
         ]
-        kept = {k: v for k, v in outputs.items() if k.startswith("kept.")}
         fixed = self.facts.get("features_per_image")
         rows = [[len(g) if fixed is None else fixed for g in sample] for sample in groups]
         chosen = _chosen(kept, rows)
         layouts = [lay_out(s.tokens, g, r, grid, rule, c) for s, g, r, grid, c in zip(samples, groups, rows, grids, chosen, strict=True)]
         if rule := self.facts.get("context"):
             layouts = [compressed(layout, rule) for layout in layouts]
-        features = {name: _regroup(outputs.get(name), rows, name, self._feature_width(name)) for name in self.facts["features"]}
-        return Seen(assemble(layouts, features, self.facts, self.pad), kept, groups, features)
+        return groups, rows, layouts
 
     def again(self, seen: Seen, chosen: Sequence[int]) -> Seen:
         """What this session's vision stage would make of the samples `chosen`, from what an equal vision stage made of them and others."""

@@ -47,6 +47,10 @@ class Backend(ABC):
         """Limits that are known before anything is built: one sentence each, empty if the program can be lowered."""
         return []
 
+    def scratch(self, program: Program, options: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+        """At most so many bytes does a decode step need beside the cache, for one sample whose prompt has these sizes (symbols of `Partition.rows`)."""
+        return 0
+
     @abstractmethod
     def lower(self, program: Program, folder: Path, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Write the components under `folder` (an artifact in the making); returns the manifest's `components`: stage -> {file,

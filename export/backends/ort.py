@@ -58,6 +58,19 @@ class Ort(Backend):
             found.append("ort: the weights are bfloat16, for which the CPU provider has no kernels; load the model in float32")
         return found
 
+    def scratch(self, program: Program, options: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
+        from ..onnx_kv import packed_width
+
+        if not self.settings(options)["fuse"] or program.facts.dtype != "float32":
+            return 0
+        pasts = {}
+        for e in program.kv:
+            for part in e.format.partitions if e.format and e.head_dim == e.value_dim and e.head_dim % 8 == 0 else ():
+                if (part.code, part.k_per, part.v_per) == ("int2", "channel", "channel"):
+                    shape = (1, e.heads, evaluate(part.rows, sizes) + BEHIND, packed_width(e.head_dim, 2))
+                    pasts |= {f"past_{w}.{e.layer}{part.suffix()}": np.broadcast_to(np.zeros(1, np.uint8), shape) for w in "kv"}
+        return scratch_bytes({name.replace("past_", "wide."): name for name in pasts}, pasts)
+
     def lower(self, program: Program, folder: Path, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         from ..onnx_weights import WeightFile
 

@@ -151,7 +151,7 @@ class ContextRegisters(Insertion):
             if not value.is_floating_point() or all(layer_of(user, pattern) is None for user in node.users):
                 return None
             if path not in made:
-                made[path] = self.learn(program, "prefill", before, path, lambda: value.detach().float().cpu().clone())
+                made[path] = self.learn(program, "prefill", before, path, lambda: value.detach().float().clone())
             return made[path]
 
         return copy

@@ -55,7 +55,7 @@ class Prefusion(Victor):
                 continue
             if path not in done:
                 weight = attribute(stage, path)
-                done[path] = self.learn(program, name, node.next, path, lambda w=weight: w.detach().float().cpu().clone())
+                done[path] = self.learn(program, name, node.next, path, lambda w=weight: w.detach().float().clone())
             else:
                 done[path] = self._read(program, name, node, path)
             for user in inside:

@@ -152,8 +152,9 @@ def test_only_inserted_tensors_move(teacher, tmp_path):
     assert not any(t.requires_grad for _, t in program.parameters())
 
 
-def test_killed_and_resumed_gives_the_same_curve(teacher, tmp_path):
-    whole = train(teacher, tmp_path / "whole")
+@pytest.mark.parametrize("focus", [0.0, 0.5])
+def test_killed_and_resumed_gives_the_same_curve(teacher, tmp_path, focus):
+    whole = train(teacher, tmp_path / "whole", focus=focus)
     program, processor = captured()
 
     class Killed(Exception):
@@ -165,23 +166,39 @@ def test_killed_and_resumed_gives_the_same_curve(teacher, tmp_path):
 
     with pytest.raises(Killed):  # after step 5; the checkpoint is of step 4, and the curve has a line too many
         foveate.distill(program, pictures(), "victor{registers=4,layer=2}, lora{rank=2}", processor=processor, output=tmp_path / "again", cache=teacher,
-                        progress=killer, **TRAINING)
+                        progress=killer, focus=focus, **TRAINING)
     assert torch.load(tmp_path / "again" / STATE, weights_only=True)["step"] == 4
-    again = train(teacher, tmp_path / "again")
-    assert curve(again.folder) == curve(whole.folder)  # to the last bit: data order and rates depend on the step alone
+    again = train(teacher, tmp_path / "again", focus=focus)
+    assert curve(again.folder) == curve(whole.folder)  # to the last bit: what a step sees depends on the step and on the checkpoint
     for name, tensor in read_weights(whole.weights).items():
         assert torch.equal(tensor, read_weights(again.weights)[name])
+
+
+def test_focus_draws_what_the_student_has_not_learned(teacher, tmp_path):
+    """Half of a step in turn, so that all are seen; half by their gaps: a share of draws within four standard deviations of the share of the gap."""
+    program, processor = captured()
+    cache = Cache.build(program, processor, sources(pictures()), teacher, making_of(program, Settings(max_new_tokens=4)))
+    trainer = Trainer([], lambda step: 0, {"learned.x": torch.nn.Parameter(torch.zeros(1))}, cache, Settings(batch=4, held_out=2, focus=0.5), tmp_path)
+    count = len(trainer.train)
+    assert sorted(n for step in range(count // 2) for n in trainer.draw(step)[:2]) == list(range(count))
+    gap = np.arange(1.0, count + 1)
+    trainer.gap[:] = gap
+    share = gap / gap.sum()
+    drawn = np.bincount([n for step in range(1000) for n in trainer.draw(step)[2:]], minlength=count)
+    assert np.all(np.abs(drawn / 2000 - share) < 4 * np.sqrt(share * (1 - share) / 2000)), drawn
+    trainer.gap[1:] = np.nan  # not seen yet: as far away as the others are on average
+    assert np.ptp(np.bincount([n for step in range(1000) for n in trainer.draw(step)[2:]], minlength=count)) < 2000 / count
 
 
 @pytest.fixture(scope="module")
 def batch_of_four(teacher, tmp_path_factory):
     """The curve of one process and one part."""
-    return curve(train(teacher, tmp_path_factory.mktemp("one"), batch=4).folder)
+    return curve(train(teacher, tmp_path_factory.mktemp("one"), batch=4, focus=0.5).folder)
 
 
 def test_accumulation_gives_the_same_curve(teacher, tmp_path, batch_of_four):
     """Parts are normalised by the whole batch; sums in another order differ by some 1e-7, six steps of Adam make that 1e-5."""
-    two = train(teacher, tmp_path / "two", batch=4, accumulate=2)
+    two = train(teacher, tmp_path / "two", batch=4, accumulate=2, focus=0.5)
     np.testing.assert_allclose([l for _, l in batch_of_four], [l for _, l in curve(two.folder)], rtol=2e-4)
 
 
@@ -191,7 +208,7 @@ sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 import test_distill as T
-T.train(sys.argv[1], __import__("pathlib").Path(sys.argv[2]), batch=4)
+T.train(sys.argv[1], __import__("pathlib").Path(sys.argv[2]), batch=4, focus=0.5)
 """
 
 
@@ -323,6 +340,7 @@ def test_the_cache_goes_on_and_knows_its_teacher(tmp_path, monkeypatch):
     ("victor{registers=2,layer=1}", {"stepz": 3}, foveate.DistillError, "no setting 'stepz', did you mean 'steps'"),
     ("victor{registers=2,layer=1}", {"steps": "many"}, foveate.DistillError, "distill: steps: input should be a valid integer.*got 'many'"),
     ("victor{registers=2,layer=1}", {"steps": 0}, foveate.DistillError, "steps is 0; it must be at least 1"),
+    ("victor{registers=2,layer=1}", {"focus": 1.0}, foveate.DistillError, "focus is 1.0; it is a share of a step's rows, at least 0 and below 1"),
     ("victor{registers=2,layer=1}", {"precision": "int8"}, foveate.DistillError, "precision 'int8' is none of"),
     ("victor{registers=2,layer=1}", {"hidden_layers": [9]}, foveate.DistillError, r"no hidden states at layers \[9\]; this model has 0..2, and 3 for the end"),
     ("lora{rank=2}", {"elastic": [2]}, foveate.DistillError, "elastic needs a recipe with exactly one pass that has the parameter 'registers'; 'inline' has 0"),

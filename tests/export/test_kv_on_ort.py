@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lowering import distance, engine, prompt, rollout, run_onnx
 
 from foveate.export.backends.eager import EagerEngine
-from foveate.export.backends.ort import scratch_bytes, share_scratch
+from foveate.export.backends.ort import Ort, scratch_bytes, share_scratch
 from foveate.export.onnx_kv import KV_OPS, KVContrib, pack_codes, planes
 from foveate.export.to_onnx import to_onnx
 from foveate.graph.capture import capture
@@ -87,6 +87,7 @@ def test_every_format_equals_eager(text, tmp_path):
     for name, rows in theirs.parts.items():
         np.testing.assert_array_equal(ours.parts[name], rows)
     assert ours.clip_rate() == theirs.clip_rate()
+    assert (Ort().scratch(program, {}, {"S": 32, "N": 24}) > 0) == (ort.manifest["decode"]["scratch"] != {})
     spare = sum(ours.buffers[f"past_{w}.{l}{p.suffix()}"][:, :, :1].nbytes for l, f in ours.formats.items() for p in f.partitions[1:] for w in "kv")
     assert 0 <= ours.nbytes - theirs.nbytes <= 1.05 * theirs.nbytes * 0.05 + 2 * spare  # one row behind what is only read
 
@@ -123,6 +124,9 @@ def test_layers_unpack_in_turn_into_the_same_memory(tmp_path):
     for one, other in itertools.combinations(arrays, 2):
         assert np.shares_memory(arrays[one], arrays[other]) == (one.split(".")[1] == other.split(".")[1])
     assert scratch_bytes(outputs, cache.buffers) == sum(2 * max(cache.buffers[f"past_{w}.{l}.lo"].nbytes for l in (0, 1)) for w in "kv")
+    row = scratch_bytes(outputs, {n: a[:, :, :1] for n, a in cache.buffers.items()})
+    assert Ort().scratch(program, {}, {"S": 32, "N": 24}) * 2 == scratch_bytes(outputs, cache.buffers) + row  # of one sample; a bound has a row to spare
+    assert Ort().scratch(program, {"fuse": False}, {"S": 32, "N": 24}) == 0
     order = _order(next(tmp_path.rglob("decode.onnx")), lambda session: _one_step(ort, cache, session))
     assert sorted(order[:4]) == sorted(order[4:]) == ["C", "C", "G", "G"], order
 

@@ -13,6 +13,7 @@ from kv_oracle import Flushed, Format, Kept, Oracle, probed, rounded, top
 from foveate.export.backends.eager import EagerEngine
 from foveate.graph.cost import cost
 from foveate.graph.kv_format import FLOAT
+from foveate.graph.kv_table import past_symbol
 from foveate.passes.base import PassError, discover, make
 from foveate.passes.kv_evict import EvictKV
 from foveate.passes.kv_store import StoreKV
@@ -182,6 +183,17 @@ def test_bytes_of_the_cache_are_the_formats_count(recipe):
         form = entry.format or FLOAT
         counted += B * form.bytes({p.name: out[f"k.{entry.layer}{p.suffix()}"].shape[2] for p in form.partitions}, 1, 4, 4, 4)
     assert cost(program).at(B=B, S=S, N=N)["kv_bytes"] == counted
+
+
+@pytest.mark.parametrize("recipe", CASES)
+def test_a_step_reads_the_cache_once_as_it_is_stored(recipe):
+    """Of the bytes that the cost model says a step moves, those that grow with the cache are the cache's own."""
+    program, B, few, many = built(recipe), 2, 40, 1000
+    step = cost(program, "decode")
+    names = {past_symbol(f"past_k.{e.layer}{p.suffix()}") for e in program.kv for p in (e.format or FLOAT).partitions}
+    at = {rows: step.at(B=B, **dict.fromkeys(names, rows))["bytes"] for rows in (few, many)}
+    held = {rows: sum(B * (f := e.format or FLOAT).bytes({p.name: rows for p in f.partitions}, 1, 4, 4, 4) for e in program.kv) for rows in at}
+    assert at[many] - at[few] == held[many] - held[few]
 
 
 @pytest.mark.parametrize("recipe", CASES)
