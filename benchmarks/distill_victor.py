@@ -81,6 +81,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention8-k2": (f"drop-fastv{{layer=2,keep=8}}, {LORA}", {"packed": False, "steps": 500}),  # questions alone: as many CPU seconds, not rows
     "victor-m8-k2-long": (t1(2), LONGER),
     "victor-m8-k2-focus": (t1(2), LONGER | {"focus": 0.5}),
+    "random8-k2-focus": (f"drop-random{{layer=2,keep=8}}, {LORA}", LONGER | {"focus": 0.5}),
+    "none-m0-k2-focus": (t1(2, 0, ""), LONGER | {"focus": 0.5}),
     "none-m0-k2-long": (t1(2, 0, ""), LONGER),
     "random8-k2-long": (f"drop-random{{layer=2,keep=8}}, {LORA}", LONGER),
     "words-m8-k2": (t1(2, 8, ""), LONG),  # registers that hold nothing of the image at first, as published
@@ -107,7 +109,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 UNTRAINED = {"original": None, "attention8-k2-untrained": "drop-fastv{layer=2,keep=8}", "random8-k2-untrained": "drop-random{layer=2,keep=8}",
              "none-m0-k2-untrained": "victor{registers=0,layer=2}"}
 SHIPPED = {  # name in examples/testbed/learned -> the training whose weights it has
-    "victor-8": "victor-m8-k2",
+    "victor-8": "victor-m8-k2-focus",
     "victor-blind-32": "blind-m32-k4",
     "prefusion-8": "prefusion-m8-k2",
     "space-to-depth-36": "space-to-depth-36",

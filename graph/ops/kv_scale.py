@@ -1,5 +1,7 @@
 """The scales and centres that keys or values are stored with."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,18 @@ from ._define import op
 TINY = 1e-6  # a constant row has no range: its scale is this, its codes 0
 
 
-@op
+def _shape(x: Tensor, valid: Tensor, bits: int, per: str, centred: bool, margin: float) -> tuple[Tensor, Tensor]:
+    kind, _, size = per.partition(":")
+    if kind == "group":
+        scale = x.unflatten(3, (-1, int(size))).amax(4)
+    elif kind == "block":
+        scale = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % int(size))).unflatten(2, (-1, int(size))).amax(3)
+    else:
+        scale = x.amax(3 if kind == "token" else 2, keepdim=True)
+    return scale, torch.empty_like(scale)
+
+
+@partial(op, fake=_shape)
 def kv_scale(x: Tensor, valid: Tensor, bits: int, per: str, centred: bool, margin: float) -> tuple[Tensor, Tensor]:
     """x[B, G, T, D], valid[B, T] bool  ->  scale, center of the type of x, over valid rows only
 

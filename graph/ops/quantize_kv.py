@@ -1,5 +1,7 @@
 """Keys or values as codes."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,11 @@ def spread(state: Tensor, x: Tensor, block: int) -> Tensor:
     return state
 
 
-@op
+def _shape(x: Tensor, scale: Tensor, center: Tensor | None, bits: int, block: int) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8)
+
+
+@partial(op, fake=_shape)
 def quantize_kv(x: Tensor, scale: Tensor, center: Tensor | None, bits: int, block: int) -> Tensor:
     """x[B, G, T, D], scale and center as `kv_scale` makes them  ->  codes int8[B, G, T, D] = round((x - center) / scale)
 

@@ -61,7 +61,7 @@ class MergeToMe(Pass):
                 continue
 
             def merge(x: Tensor, k: Tensor, *given: Tensor, r: int = r) -> tuple[Tensor, ...]:
-                size, place = given or (torch.ones_like(x[..., 0]), torch.arange(x.shape[1])[None].expand(x.shape[0], -1) - cls)
+                size, place = given or (torch.ones_like(x[..., 0]), torch.arange(x.shape[1], device=x.device)[None].expand(x.shape[0], -1) - cls)
                 return self.merged(x, k.mean(1), size, place, r, cls)
 
             readers = list(x.users)

@@ -64,7 +64,7 @@ class PruneElip(Pass):
             def fewer(x: Tensor, q: Tensor, k: Tensor, *before: Tensor, count: int = count, scale: float = scale) -> tuple[Tensor, Tensor]:
                 cls = torch.zeros_like(q[:, 0, :1, 0], dtype=torch.int64)
                 a = F.attention_rows(q, k, None, cls, scale, False, 0.0)[:, :, 0, 1:].mean(1)
-                return self.reduced(x, a, before[0] if before else torch.arange(a.shape[1])[None].expand(a.shape[0], -1), count)
+                return self.reduced(x, a, before[0] if before else torch.arange(a.shape[1], device=a.device)[None].expand(a.shape[0], -1), count)
 
             new, place = splice(stage, first, fewer, x, q, k, *([place] if place is not None else []))
             substitute(stage, x, new, readers)

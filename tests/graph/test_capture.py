@@ -145,8 +145,27 @@ def test_fake_kernels_give_the_shapes_of_the_bodies():
     for op, values in ((ATTENTION, (q, k, v, None, None, None, 0.3, True, 0, 0.0, 0)),
                        (torch.ops.foveate.attention_varlen.default, (q[:1], q[:1], q[:1], torch.tensor([0, 1, 3]), 0.3, 0))):
         real = REFERENCE[op](*values)
-        fake = op(*[x.to("meta") if isinstance(x, torch.Tensor) else x for x in values])
-        assert fake.shape == real.shape and fake.dtype == real.dtype and fake.stride() == real.stride()
+        _same(op(*[x.to("meta") if isinstance(x, torch.Tensor) else x for x in values]), real)
+
+
+@pytest.mark.parametrize("per", ["channel", "token", "group:2", "block:3"])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_fake_kernels_of_codes_give_the_shapes_of_the_bodies(per, permuted):
+    """So do the ops that store keys and values, of which a pass traces dozens; heads in front of tokens or behind."""
+    x, valid = torch.randn(2, 2, 7, 4, dtype=torch.float16), torch.ones(2, 7, dtype=torch.bool)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if permuted else x
+    F, block = torch.ops.foveate, 3 if per.startswith("block") else 0
+    for bits, centred in ((1, False), (1, True), (4, False), (4, True)):
+        scale, center = REFERENCE[F.kv_scale.default](x, valid, bits, per, centred, 1.2)
+        for fake, real in zip(F.kv_scale(x.to("meta"), valid.to("meta"), bits, per, centred, 1.2), (scale, center), strict=True):
+            _same(fake, real)
+        codes = REFERENCE[F.quantize_kv.default](x, scale, center, bits, block)
+        _same(F.quantize_kv(x.to("meta"), scale.to("meta"), center.to("meta"), bits, block), codes)
+        _same(F.dequantize_kv(codes.to("meta"), scale.to("meta"), None, block), REFERENCE[F.dequantize_kv.default](codes, scale, None, block))
+
+
+def _same(fake, real):
+    assert fake.shape == real.shape and fake.dtype == real.dtype and fake.stride() == real.stride()
 
 
 # ---- refusals

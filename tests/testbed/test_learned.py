@@ -47,4 +47,4 @@ def test_registers_answer_as_recorded(tmp_path):
     right = sum(a == i.turns[0].answer for a, i in zip(said, items, strict=True))
     rows = {r["name"]: r for r in map(json.loads, RECORD.read_text(encoding="utf-8").splitlines())}
     low, high = wilson(right, len(items), 0.999)  # one in a thousand such checks would fail by chance
-    assert low <= rows["victor-m8-k2"]["overall"]["score"] <= high
+    assert low <= rows["victor-m8-k2-focus"]["overall"]["score"] <= high
