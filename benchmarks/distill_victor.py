@@ -117,6 +117,7 @@ SHIPPED = {  # name in examples/testbed/learned -> the training whose weights it
     "exit-router": "exit-router",
 }
 LEARNED = ROOT / "examples/testbed/learned"
+MORE = ROOT / "benchmarks/results/distill_victor_more.json"
 RESULTS, TABLE = ROOT / "benchmarks/results/distill_victor.jsonl", ROOT / "docs/distill_victor.md"
 
 
@@ -194,6 +195,22 @@ def served(name: str, recipe: Path) -> dict[str, Any]:
     return {f"elastic-m{m}-{name.removeprefix('elastic-')}": _with(load(str(recipe)), registers=m, table=max(SIZES)) for m in SIZES}
 
 
+def more(args: argparse.Namespace) -> None:
+    """Points that the shipped registers lose, overall and by slice, and how many items a slice has -> `MORE`."""
+    import torch
+
+    torch.set_num_threads(1)
+    shipped = {"original": (None, None), "victor-8": (str(LEARNED / "victor-8.yaml"), LEARNED / "victor-8.safetensors")}
+    found = {n: judge(recipe, weights, args.work, f"{n}-more", args.more) for n, (recipe, weights) in shipped.items()}
+    one, other = found["original"], found["victor-8"]
+    lost = {k: round(100 * (one["slices"][k]["score"] - other["slices"][k]["score"]), 1) for k in one["slices"]}
+    record = {"items": args.more, "items_of_a_slice": min(v["n"] for v in one["slices"].values()), **{n: f["overall"] for n, f in found.items()},
+              "lost": round(100 * (one["overall"]["score"] - other["overall"]["score"]), 2), "lost_by_slice": lost,
+              "date": time.strftime("%Y-%m-%d"), "machine": f"{processor_name()}, 1 thread, shared"}
+    MORE.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(record["lost"], max(lost.items(), key=lambda x: x[1]))
+
+
 def ship(work: Path) -> None:
     """Recipes and weights for the testbed's checkpoint, in half precision."""
     from dataclasses import replace
@@ -220,7 +237,8 @@ Made by `benchmarks/distill_victor.py` from `benchmarks/results/distill_victor.j
 layer at whose entry visual tokens leave; m: how many registers (or kept tokens) stay. Trained on unlabelled pictures ({sources} of them, about ten
 questions each) against the model's own answers; a row is a picture with all its questions, a step sees four of them. t0: registers alone; all others
 with adapters of rank 64 on every linear layer, merged afterwards (prefusion: copies of the first layers instead). elastic: one training for 4, 8, 16
-and 32 registers, each step draws one. attention8 is trained on questions alone, as it looks at them when it chooses, for about as many CPU seconds.
+and 32 registers, each step draws one. long: 6,000 steps; focus: as many, half of their rows drawn by how far the student still was from the original.
+attention8 is trained on questions alone, as it looks at them when it chooses, for about as many CPU seconds.
 Judged on labelled held-out items (other digits) by greedy decoding through ONNX Runtime. Intervals are Wilson's at 95%; one seed each. agreement:
 share of held-out questions that get the original's answer, the best evaluation, whose weights are judged (of elastic ones: with 8 registers).
 """
@@ -270,11 +288,15 @@ def main() -> None:
     p.add_argument("--only", action="append", choices=[*CONFIGS, *UNTRAINED])
     p.add_argument("--data-only", action="store_true")
     p.add_argument("--train-only", action="store_true", help="train, and judge in a later run")
+    p.add_argument("--more", type=int, metavar="ITEMS", help="judge the original and the shipped registers on so many items: slices of 34 are coarse")
     p.add_argument("--table", action="store_true")
     p.add_argument("--ship", action="store_true", help="copy recipes and weights of finished trainings to examples/testbed/learned")
     args = p.parse_args()
     if args.ship:
         ship(args.work)
+        return
+    if args.more:
+        more(args)
         return
     if args.table:
         TABLE.write_text(table(), encoding="utf-8")

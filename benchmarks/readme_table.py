@@ -95,7 +95,10 @@ def main() -> None:
     text += [*speed(), *cache(), *scaling()]
     text += ["", "Families: [docs/families.md](docs/families.md). Accuracy of the shipped model: [its card](examples/testbed/MODEL_CARD.md)."]
     text += ["Error rates of the gate: [docs/judge.md](docs/judge.md). KV cache: [docs/kv.md](docs/kv.md)."]
-    text += ["Learned compression: [docs/learned.md](docs/learned.md). Runtime policies over artifacts: [docs/policies.md](docs/policies.md)."]
+    more = read("distill_victor_more.json")
+    text += [f"Learned compression: 8 registers in place of the testbed's 144 visual tokens from a quarter of the depth on, trained without labels in minutes, lose "
+             f"{more['lost']:.1f} of {100 * more['original']['score']:.1f} points ({more['items']} items): [docs/learned.md](docs/learned.md)."]
+    text += ["Runtime policies over artifacts: [docs/policies.md](docs/policies.md)."]
     readme = ROOT / "README.md"
     body = re.sub(f"{START}.*{END}", lambda _: f"{START}\n" + "\n".join(text) + f"\n{END}", readme.read_text(), flags=re.S)
     readme.write_text(body)

@@ -28,7 +28,7 @@ def folder():
 @pytest.mark.parametrize("recipe", BUILT)
 def test_what_a_dry_run_says_is_what_is_built(folder, tmp_path, recipe):
     said = foveate.forecast(folder, recipe, target="ort")
-    made = foveate.optimize_model(folder, recipe, target="ort", output=tmp_path / "artifact", golden=False)
+    made = foveate.optimize_model(folder, recipe, target="ort", output=tmp_path / "artifact")
     assert said.limits == [] and said.report.as_dict() == made.report.as_dict()
     before, after = said.report.before, said.report.after
     assert after.kv_bytes < before.kv_bytes and after.decode_bytes < before.decode_bytes
