@@ -96,8 +96,8 @@ def main() -> None:
     text += ["", "Families: [docs/families.md](docs/families.md). Accuracy of the shipped model: [its card](examples/testbed/MODEL_CARD.md)."]
     text += ["Error rates of the gate: [docs/judge.md](docs/judge.md). KV cache: [docs/kv.md](docs/kv.md)."]
     more = read("distill_victor_more.json")
-    text += [f"Learned compression: 8 registers in place of the testbed's 144 visual tokens from a quarter of the depth on, trained without labels in minutes, lose "
-             f"{more['lost']:.1f} of {100 * more['original']['score']:.1f} points ({more['items']} items): [docs/learned.md](docs/learned.md)."]
+    text += [f"Learned compression: 8 registers in place of the testbed's 144 visual tokens from a quarter of the depth on, trained without labels in minutes, "
+             f"lose {more['lost']:.1f} of {100 * more['original']['score']:.1f} points ({more['items']} items): [docs/learned.md](docs/learned.md)."]
     text += ["Runtime policies over artifacts: [docs/policies.md](docs/policies.md)."]
     readme = ROOT / "README.md"
     body = re.sub(f"{START}.*{END}", lambda _: f"{START}\n" + "\n".join(text) + f"\n{END}", readme.read_text(), flags=re.S)
