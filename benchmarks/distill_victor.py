@@ -76,6 +76,7 @@ def t1(layer: int, registers: int = 8, more: str = ",content=visual") -> str:
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "victor-m8-k2": (t1(2), LONG),
     "elastic-k2": (t1(2), LONG | ELASTIC),
+    "elastic-k2-focus": (t1(2), LONGER | ELASTIC | {"focus": 0.5}),
     "none-m0-k2": (t1(2, 0, ""), LONG),
     "random8-k2": (f"drop-random{{layer=2,keep=8}}, {LORA}", LONG),
     "attention8-k2": (f"drop-fastv{{layer=2,keep=8}}, {LORA}", {"packed": False, "steps": 500}),  # questions alone: as many CPU seconds, not rows

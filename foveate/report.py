@@ -46,7 +46,7 @@ class Figures:
         sizes = {"B": 1, "S": text_tokens + N, "N": N, "C": 1}  # C: this prompt has no long prefix to compress
         prefill = cost(program, "prefill").at(**sizes)
         rows = {row["layer"]: row["tokens"] for row in prefill["layers"] if row["layer"] != OTHER and row["tokens"]}
-        lengths = {past_symbol(f"past_k.{e.layer}{suffix}"): _length(rows, sizes) for e in program.kv for suffix, rows in _stored(e)}
+        lengths = {past_symbol(f"past_k.{e.layer}{suffix}"): _length(held, sizes) for e in program.kv for suffix, held in _stored(e)}
         decode = cost(program, "decode").at(B=1, **lengths)
         return cls(
             Workload(text_tokens, images, N),
