@@ -324,7 +324,7 @@ class Trainer:
                 for name, tensor in self.tensors.items():
                     tensor.copy_(state["tensors"][name])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.gap = np.array(state.get("gap", self.gap))  # an older checkpoint has none
+            self.gap = state["gap"].numpy() if "gap" in state else self.gap  # an older checkpoint has none
             self.step, self.best, self.best_kl, self.stale = state["step"], state["best"], state["best_kl"], state["stale"]
             self.say({"step": self.step, "resumed": str(path)})
         if self.rank == 0:  # lines behind the checkpoint will come again
