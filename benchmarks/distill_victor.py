@@ -66,7 +66,8 @@ VISION = ("space-to-depth", "matryoshka-mix")  # they change what the vision sta
 ELASTIC = {"elastic": list(SIZES)}  # one training for all of them
 
 
-LONG, LONGER = {"steps": 2000}, {"steps": 6000}
+LONG, LONGER, FOCUS = {"steps": 2000}, {"steps": 6000}, {"focus": 0.5}
+RANDOM = f"drop-random{{layer=2,keep=8}}, {LORA}"
 
 
 def t1(layer: int, registers: int = 8, more: str = ",content=visual") -> str:
@@ -76,16 +77,16 @@ def t1(layer: int, registers: int = 8, more: str = ",content=visual") -> str:
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "victor-m8-k2": (t1(2), LONG),
     "elastic-k2": (t1(2), LONG | ELASTIC),
-    "elastic-k2-focus": (t1(2), LONGER | ELASTIC | {"focus": 0.5}),
+    "elastic-k2-focus": (t1(2), LONGER | ELASTIC | FOCUS),
     "none-m0-k2": (t1(2, 0, ""), LONG),
-    "random8-k2": (f"drop-random{{layer=2,keep=8}}, {LORA}", LONG),
+    "random8-k2": (RANDOM, LONG),
     "attention8-k2": (f"drop-fastv{{layer=2,keep=8}}, {LORA}", {"packed": False, "steps": 500}),  # questions alone: as many CPU seconds, not rows
     "victor-m8-k2-long": (t1(2), LONGER),
-    "victor-m8-k2-focus": (t1(2), LONGER | {"focus": 0.5}),
-    "random8-k2-focus": (f"drop-random{{layer=2,keep=8}}, {LORA}", LONGER | {"focus": 0.5}),
-    "none-m0-k2-focus": (t1(2, 0, ""), LONGER | {"focus": 0.5}),
+    "victor-m8-k2-focus": (t1(2), LONGER | FOCUS),
+    "random8-k2-focus": (RANDOM, LONGER | FOCUS),
+    "none-m0-k2-focus": (t1(2, 0, ""), LONGER | FOCUS),
     "none-m0-k2-long": (t1(2, 0, ""), LONGER),
-    "random8-k2-long": (f"drop-random{{layer=2,keep=8}}, {LORA}", LONGER),
+    "random8-k2-long": (RANDOM, LONGER),
     "words-m8-k2": (t1(2, 8, ""), LONG),  # registers that hold nothing of the image at first, as published
     "blind-m32-k4": (t1(4, 32, ",content=visual,question_blind=true"), LONG),
     "elastic-k1": (t1(1), ELASTIC),
@@ -198,9 +199,6 @@ def served(name: str, recipe: Path) -> dict[str, Any]:
 
 def more(args: argparse.Namespace) -> None:
     """Points that the shipped registers lose, overall and by slice, and how many items a slice has -> `MORE`."""
-    import torch
-
-    torch.set_num_threads(1)
     shipped = {"original": (None, None), "victor-8": (str(LEARNED / "victor-8.yaml"), LEARNED / "victor-8.safetensors")}
     found = {n: judge(recipe, weights, args.work, f"{n}-more", args.more) for n, (recipe, weights) in shipped.items()}
     one, other = found["original"], found["victor-8"]
@@ -296,9 +294,6 @@ def main() -> None:
     if args.ship:
         ship(args.work)
         return
-    if args.more:
-        more(args)
-        return
     if args.table:
         TABLE.write_text(table(), encoding="utf-8")
         return
@@ -309,6 +304,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    if args.more:
+        more(args)
+        return
     model, processor = load_model(str(CHECKPOINT), dtype="auto", device="cpu")
     program = capture(model, processor)
     if args.data_only:

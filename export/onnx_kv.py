@@ -26,7 +26,7 @@ from torch.fx import Node
 from ..graph.kv_format import BITS, KVFormat, Partition
 from ..graph.kv_table import past_symbol
 from ..graph.program import KVLayer, Stage
-from ..graph.retype import fake_mode, retype
+from ..graph.retype import new_value, retype
 from ..graph.splice import splice
 from .onnx_builder import END, Builder, Emitter
 from .onnx_contrib import MS, Contrib, _behind_store, call, plain
@@ -77,8 +77,7 @@ def pack_codes(stage: Stage, kv: Sequence[KVLayer]) -> Stage:
 def _take_packed(stage: Stage, past: Node, bits: int) -> None:
     val = past.meta["val"]
     readers = [u for u in past.users if u.target not in (aten.sym_size.int, foveate.kv_mask.default, foveate.kv_held.default)]  # rows only
-    with fake_mode(stage):
-        past.meta["val"] = torch.empty((*val.shape[:3], packed_width(int(val.shape[3]), bits)), dtype=torch.uint8, device=val.device)
+    past.meta["val"] = new_value(stage, (*val.shape[:3], packed_width(int(val.shape[3]), bits)), torch.uint8)
     codes = splice(stage, min(readers), _unpack, past, bits, int(val.shape[3]))
     for reader in readers:
         reader.replace_input_with(past, codes)

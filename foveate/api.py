@@ -223,8 +223,8 @@ def make_plan(
         inserted = _learn(program, chosen, learned_from, progress)
     with _fails_as(UNSUPPORTED):
         limits = backend.check(program, settings) if backend else []
-        scratch: dict[str, Any] = {"scratch": lambda p, sizes: backend.scratch(p, settings, sizes)} if backend and not limits else {}
-        report = Report(chosen.name, before, Figures.of(program, text_tokens, **scratch))
+        scratch = (lambda sizes: backend.scratch(program, settings, sizes)) if backend and not limits else None
+        report = Report(chosen.name, before, Figures.of(program, text_tokens, scratch=scratch))
     return Plan(program, report, chosen, model, processor, limits, source, inserted)
 
 

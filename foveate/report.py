@@ -13,7 +13,6 @@ from .graph.errors import GraphError
 from .graph.kv_table import past_symbol, symbols
 from .graph.program import KVLayer, Program
 
-Scratch = Callable[[Program, Mapping[str, int]], int]
 TEXT_TOKENS = 32  # prompt tokens besides the pictures, when the caller does not say
 
 
@@ -40,8 +39,8 @@ class Figures:
     scratch_bytes: int = 0  # what a decode step of the target needs beside the cache
 
     @classmethod
-    def of(cls, program: Program, text_tokens: int = TEXT_TOKENS, images: int = 1, scratch: Scratch = lambda program, sizes: 0) -> Figures:
-        """scratch: what the target says of its `scratch_bytes`"""
+    def of(cls, program: Program, text_tokens: int = TEXT_TOKENS, images: int = 1, scratch: Callable[[Mapping[str, int]], int] | None = None) -> Figures:
+        """scratch: what the target says of its `scratch_bytes`, given the prompt's sizes"""
         N = visual_tokens(program, images)
         sizes = {"B": 1, "S": text_tokens + N, "N": N, "C": 1}  # C: this prompt has no long prefix to compress
         prefill = cost(program, "prefill").at(**sizes)
@@ -56,7 +55,7 @@ class Figures:
             decode["flops"],
             prefill["kv_bytes"],
             decode["bytes"],
-            scratch(program, sizes),
+            scratch(sizes) if scratch else 0,
         )
 
 

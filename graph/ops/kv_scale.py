@@ -10,14 +10,19 @@ from ._define import op
 TINY = 1e-6  # a constant row has no range: its scale is this, its codes 0
 
 
-def _shape(x: Tensor, valid: Tensor, bits: int, per: str, centred: bool, margin: float) -> tuple[Tensor, Tensor]:
+def _shared(x: Tensor, per: str) -> tuple[Tensor, int]:
+    """x, its groups or blocks on an axis of their own, and the axis along which a scale is shared."""
     kind, _, size = per.partition(":")
     if kind == "group":
-        scale = x.unflatten(3, (-1, int(size))).amax(4)
-    elif kind == "block":
-        scale = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % int(size))).unflatten(2, (-1, int(size))).amax(3)
-    else:
-        scale = x.amax(3 if kind == "token" else 2, keepdim=True)
+        return x.unflatten(3, (-1, int(size))), 4
+    if kind == "block":
+        return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % int(size))).unflatten(2, (-1, int(size))), 3
+    return x, 3 if kind == "token" else 2
+
+
+def _shape(x: Tensor, valid: Tensor, bits: int, per: str, centred: bool, margin: float) -> tuple[Tensor, Tensor]:
+    x, axis = _shared(x, per)
+    scale = x.amax(axis, keepdim=":" not in per)
     return scale, torch.empty_like(scale)
 
 
@@ -30,19 +35,8 @@ def kv_scale(x: Tensor, valid: Tensor, bits: int, per: str, centred: bool, margi
     centred:  scale = (max - min) / (2^bits - 1),  center = min + 2^(bits-1) scale, so that all 2^bits codes are used
     margin widens the range about its middle: room for tokens that are yet to come. 1 bit: scale = mean |x - center|, center = mean or 0.
     """
-    x, dtype = x.float(), x.dtype
-    held = valid[:, None, :, None].expand(x.shape)
-    kind, _, size = per.partition(":")
-    axis = 2
-    if kind == "token":
-        axis = 3
-    elif kind == "group":
-        x, held = x.unflatten(3, (-1, int(size))), held.unflatten(3, (-1, int(size)))
-        axis = 4
-    elif kind == "block":
-        rows = -x.shape[2] % int(size)
-        x, held = (torch.nn.functional.pad(t, (0, 0, 0, rows)).unflatten(2, (-1, int(size))) for t in (x, held))
-        axis = 3
+    dtype, held = x.dtype, valid[:, None, :, None].expand(x.shape)
+    (x, axis), (held, _) = _shared(x.float(), per), _shared(held, per)
     count = held.sum(axis, keepdim=True).clamp(min=1)
     if bits == 1:
         center = torch.where(held, x, 0).sum(axis, keepdim=True) / count if centred else torch.zeros_like(x.amax(axis, keepdim=True))
@@ -56,6 +50,6 @@ def kv_scale(x: Tensor, valid: Tensor, bits: int, per: str, centred: bool, margi
     else:
         scale = torch.where(held, x.abs(), 0).amax(axis, keepdim=True) * (margin / (2 ** (bits - 1) - 1))
         center = torch.zeros_like(scale)
-    if kind in ("group", "block"):
+    if ":" in per:
         scale, center = scale.squeeze(axis), center.squeeze(axis)
     return scale.clamp(min=TINY).to(dtype), center.to(dtype)

@@ -7,7 +7,7 @@ import pytest
 
 import foveate
 from examples.testbed import make_data
-from examples.testbed.evaluate import CHECKPOINT
+from examples.testbed.evaluate import CHECKPOINT, messages
 from foveate.graph.capture import capture
 from foveate.graph.families import load_model
 from foveate.passes import pipeline, recipe
@@ -41,9 +41,7 @@ def test_registers_answer_as_recorded(tmp_path):
     foveate.optimize_model(str(CHECKPOINT), str(LEARNED / "victor-8.yaml"), output=tmp_path / "out", weights=LEARNED / "victor-8.safetensors")
     items = list(make_data.items("test", 54))
     with foveate.load(tmp_path / "out") as session:
-        said = session.generate([list(i.sources) for i in items], messages=[
-            [{"role": "user", "content": [*({"type": "image"} for _ in i.sources), {"type": "text", "text": i.turns[0].question}]}] for i in items
-        ], max_new_tokens=12, do_sample=False).texts
+        said = session.generate([list(i.sources) for i in items], messages=[messages(i, []) for i in items], max_new_tokens=12, do_sample=False).texts
     right = sum(a == i.turns[0].answer for a, i in zip(said, items, strict=True))
     rows = {r["name"]: r for r in map(json.loads, RECORD.read_text(encoding="utf-8").splitlines())}
     low, high = wilson(right, len(items), 0.999)  # one in a thousand such checks would fail by chance
