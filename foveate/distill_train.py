@@ -48,7 +48,7 @@ class Settings:
     stitch_layer: int = 0  # > 0: begin with `stitch_steps` steps that only compare hidden rows at this layer, without running the rest
     stitch_steps: int = 0
     elastic: tuple[int, ...] = ()  # numbers of registers that one training is to serve; a step draws one
-    focus: float = 0.0  # of a step's rows are drawn by how far the student was from the teacher when it last saw them; the others come in turn
+    focus: float = 0.0  # of a step's rows are drawn by how far the student was from the teacher when it last saw them; of elastic steps, the number too
     anneal: tuple[int, ...] = ()  # layers at which the first `anneal_share` of the steps cut, one after the other, before the recipe's own
     anneal_share: float = 0.3
     held_out: int = 64  # sources that are never trained on
@@ -147,12 +147,13 @@ class Together(nn.Module):
 
 
 class Trainer:
-    """students[0] is the one that ships; `variants` says which a step trains. All read the tensors of `tensors`."""
+    """The first `served` students ship and are judged; `plan` says which one a step trains. All read the tensors of `tensors`."""
 
     def __init__(self, students: Sequence[Student], plan: Callable[[int], int], tensors: Mapping[str, nn.Parameter], cache: Cache, settings: Settings,
-                 folder: Path, say: Say = lambda line: None) -> None:
+                 folder: Path, say: Say = lambda line: None, served: int = 1) -> None:
         settings.check()
         self.students, self.plan, self.tensors, self.cache, self.settings, self.folder, self.say = students, plan, dict(tensors), cache, settings, folder, say
+        self.served = served
         self.rank, self.processes = world()
         held = min(settings.held_out, cache.count - 1)
         if cache.count < 2:
@@ -162,6 +163,7 @@ class Trainer:
             self.held = [part for row in self.held for part in row.split()]
         self.train = [(i, r) for i in range(held, cache.count) for r in range(len(cache.rows(i)))]
         self.gap = np.full(len(self.train), math.nan)  # of every row, when it was last seen
+        self.far = np.full(served, math.nan)  # of every served student, over its last ten steps or so
         groups: dict[float, list[nn.Parameter]] = {}
         for name, tensor in self.tensors.items():
             tensor.requires_grad_(True)
@@ -206,8 +208,9 @@ class Trainer:
                 self._save()
         if board:
             board.close()
-        return {"steps": self.step, "agreement": self.best, "evaluations": history, "rows": len(self.train), "held_out_questions": sum(
-            len(r.segments) for r in self.held), "parameters": sum(t.numel() for t in self.tensors.values())}
+        best = max(history, key=lambda found: (found["agreement"], -found["held_out_kl"]))
+        return {"steps": self.step, "agreement": self.best, "students": best.get("students", {}), "evaluations": history, "rows": len(self.train),
+                "held_out_questions": sum(len(r.segments) for r in self.held), "parameters": sum(t.numel() for t in self.tensors.values())}
 
     def _one(self) -> dict[str, Any]:
         s, step = self.settings, self.step
@@ -220,7 +223,8 @@ class Trainer:
         mine = rows[self.rank :: self.processes]
         size = len(mine) // s.accumulate
         alone = (lambda part: part) if s.packed else (lambda part: [one for row in part for one in row.split()])
-        student, stitched = self.students[self.plan(step)], step < s.stitch_steps
+        chosen, stitched = self.choose(step), step < s.stitch_steps
+        student = self.students[chosen]
         total, apart = torch.zeros(3, dtype=torch.float64), []
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(s.accumulate):
@@ -245,6 +249,9 @@ class Trainer:
         self.optimizer.step()
         if not stitched:
             self.gap[drawn] = gap.cpu().numpy()
+            if chosen < self.served:
+                now, before = float(gap.mean()), self.far[chosen]
+                self.far[chosen] = now if math.isnan(before) else 0.9 * before + 0.1 * now
         loss, distance, error = total.tolist()
         return {"step": step + 1, "loss": loss, "kl": distance, "hidden": error, "norm": float(norm), "factor": round(factor, 6), "student": student.name}
 
@@ -271,26 +278,37 @@ class Trainer:
         easy = s.batch - hard
         found = [int(_order(s.seed, n // count, count)[n % count]) for n in range(step * easy, (step + 1) * easy)]
         if hard:
-            known = float(np.nanmean(self.gap)) if np.isfinite(self.gap).any() else 1.0
-            weight = np.nan_to_num(self.gap, nan=known) + 1e-6
-            found += np.random.default_rng([s.seed, step, 1]).choice(count, hard, p=weight / weight.sum()).tolist()
+            found += np.random.default_rng([s.seed, step, 1]).choice(count, hard, p=_shares(self.gap)).tolist()
         return found
+
+    def choose(self, step: int) -> int:
+        """Which student a step trains: the planned one or, for `focus` of the steps, one of those that are served, by how far each is: few registers
+        need more steps than many."""
+        planned, rng = self.plan(step), np.random.default_rng([self.settings.seed, step, 2])
+        if self.served == 1 or planned >= self.served or rng.random() >= self.settings.focus:
+            return planned
+        return int(rng.choice(self.served, p=_shares(self.far)))
 
     # ---- judging
 
     @torch.no_grad()
-    def evaluate(self, student: int = 0) -> dict[str, Any]:
-        """On held-out sources: the share of questions with the teacher's answer, and the mean KL."""
+    def evaluate(self) -> dict[str, Any]:
+        """On held-out sources: the share of questions with the teacher's answer, and the mean KL; of several served students the means."""
+        each = {s.name: self._evaluate(s) for s in self.students[: self.served]}
+        agreement, distance = (sum(values) / len(values) for values in zip(*each.values(), strict=True))
+        return {"agreement": agreement, "held_out_kl": distance, "students": {name: found for name, (found, _) in each.items()}}
+
+    def _evaluate(self, student: Student) -> tuple[float, float]:
         right: list[bool] = []
         distance, answers = 0.0, 0
         for i in range(0, len(self.held), 8):
             rows = self.held[i : i + 8]
             to = _to(target(rows), self.settings.device)
-            logits = self.students[student](rows, self.settings.device)["logits"]
+            logits = student(rows, self.settings.device)["logits"]
             right += agreeing(logits, to, rows)
             distance += float(kl(logits, to)) * to.answers
             answers += to.answers
-        return {"agreement": sum(right) / len(right), "held_out_kl": distance / answers}
+        return sum(right) / len(right), distance / answers
 
     def _judge(self, found: Mapping[str, Any]) -> None:
         better = (found["agreement"], -found["held_out_kl"]) > (self.best, -self.best_kl)  # at equal agreement, the smaller distance
@@ -307,7 +325,7 @@ class Trainer:
             return
         state = {"step": self.step, "best": self.best, "best_kl": self.best_kl, "stale": self.stale,
                  "tensors": {n: t.detach().cpu() for n, t in self.tensors.items()},
-                 "optimizer": self.optimizer.state_dict(), "gap": torch.from_numpy(self.gap), "seed": self.settings.seed}
+                 "optimizer": self.optimizer.state_dict(), "gap": torch.from_numpy(self.gap), "far": torch.from_numpy(self.far), "seed": self.settings.seed}
         partial = self.folder / f".{STATE}.part"
         torch.save(state, partial)
         os.replace(partial, self.folder / STATE)
@@ -324,7 +342,7 @@ class Trainer:
                 for name, tensor in self.tensors.items():
                     tensor.copy_(state["tensors"][name])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.gap = state["gap"].numpy() if "gap" in state else self.gap  # an older checkpoint has none
+            self.gap, self.far = (state[n].numpy() if n in state else getattr(self, n) for n in ("gap", "far"))  # an older checkpoint has none
             self.step, self.best, self.best_kl, self.stale = state["step"], state["best"], state["best_kl"], state["stale"]
             self.say({"step": self.step, "resumed": str(path)})
         if self.rank == 0:  # lines behind the checkpoint will come again
@@ -366,6 +384,13 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 _orders: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _shares(gap: np.ndarray) -> np.ndarray:
+    """Probabilities in proportion to the gaps; an unknown one (NaN) counts as the mean of the others."""
+    known = float(np.nanmean(gap)) if np.isfinite(gap).any() else 1.0
+    weight = np.nan_to_num(gap, nan=known) + 1e-6
+    return weight / weight.sum()
 
 
 def _to(to: Target, device: str) -> Target:

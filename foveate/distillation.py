@@ -115,9 +115,8 @@ def distill(
     if world()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(variants.recipes[0].yaml(), encoding="utf-8")
-    trainer = Trainer(students, variants.plan, tensors, kept, config, folder, lambda line: say("train", line))
+    trainer = Trainer(students, variants.plan, tensors, kept, config, folder, lambda line: say("train", line), variants.elastic)
     report = trainer.run()
-    report["students"] = {s.name: trainer.evaluate(i)["agreement"] for i, s in enumerate(students)}
     report["settings"] = asdict(config)
     if world()[0] == 0:
         (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -153,7 +153,7 @@ def test_only_inserted_tensors_move(teacher, tmp_path):
 
 
 def test_killed_and_resumed_gives_the_same_curve(teacher, tmp_path):
-    whole = train(teacher, tmp_path / "whole", focus=0.5)
+    whole = train(teacher, tmp_path / "whole", focus=0.5, elastic=[2, 4])
     program, processor = captured()
 
     class Killed(Exception):
@@ -165,9 +165,9 @@ def test_killed_and_resumed_gives_the_same_curve(teacher, tmp_path):
 
     with pytest.raises(Killed):  # after step 5; the checkpoint is of step 4, and the curve has a line too many
         foveate.distill(program, pictures(), "victor{registers=4,layer=2}, lora{rank=2}", processor=processor, output=tmp_path / "again", cache=teacher,
-                        progress=killer, focus=0.5, **TRAINING)
+                        progress=killer, focus=0.5, elastic=[2, 4], **TRAINING)
     assert torch.load(tmp_path / "again" / STATE, weights_only=True)["step"] == 4
-    again = train(teacher, tmp_path / "again", focus=0.5)
+    again = train(teacher, tmp_path / "again", focus=0.5, elastic=[2, 4])
     assert curve(again.folder) == curve(whole.folder)  # to the last bit: what a step sees depends on the step and on the checkpoint
     for name, tensor in read_weights(whole.weights).items():
         assert torch.equal(tensor, read_weights(again.weights)[name])
@@ -187,6 +187,19 @@ def test_focus_draws_what_the_student_has_not_learned(teacher, tmp_path):
     assert np.all(np.abs(drawn / 2000 - share) < 4 * np.sqrt(share * (1 - share) / 2000)), drawn
     trainer.gap[1:] = np.nan  # not seen yet: as far away as the others are on average
     assert np.ptp(np.bincount([n for step in range(1000) for n in trainer.draw(step)[2:]], minlength=count)) < 2000 / count
+
+
+def test_focus_trains_the_student_that_is_furthest_most(teacher, tmp_path):
+    """Half of the steps as planned, half by the gaps of the students, within four standard deviations; annealed steps always as planned."""
+    program, processor = captured()
+    cache = Cache.build(program, processor, sources(pictures()), teacher, making_of(program, Settings(max_new_tokens=4)))
+    plan = lambda step: step % 3  # noqa: E731
+    trainer = Trainer([], plan, {"learned.x": torch.nn.Parameter(torch.zeros(1))}, cache, Settings(batch=4, held_out=2, focus=0.5), tmp_path, served=2)
+    trainer.far[:] = [0.1, 0.3]
+    for turn, part in ((0, 0.5 + 0.5 * 0.25), (1, 0.5 * 0.25), (2, 0.0)):  # how often student 0 is trained where the plan says 0, 1, 2
+        chosen = [trainer.choose(step) for step in range(turn, 6000, 3)]
+        assert abs(chosen.count(0) / 2000 - part) <= 4 * np.sqrt(part * (1 - part) / 2000), (turn, chosen.count(0))
+        assert turn < 2 or set(chosen) == {2}
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +240,8 @@ def test_two_processes_give_the_curve_of_one(teacher, tmp_path, batch_of_four):
 
 def test_elastic_and_annealed_students_share_their_tensors(teacher, tmp_path):
     done = train(teacher, tmp_path / "run", "victor{registers=2,layer=1}", elastic=[2, 4], anneal=[2], steps=8)
-    assert set(done.report["students"]) == {"victor-2-1", "victor-4-1", "victor-2-2"}
+    each = done.report["students"]
+    assert set(each) == {"victor-2-1", "victor-4-1"} and done.report["agreement"] == pytest.approx(np.mean([*each.values()]))
     lines = [json.loads(l) for l in (done.folder / CURVE).read_text().splitlines()]
     names = [l["student"] for l in lines if "loss" in l]
     assert names[:3] == ["victor-2-2"] * 3 and set(names[3:]) == {"victor-2-1", "victor-4-1"}
