@@ -27,9 +27,11 @@ from foveate.export.artifact import Artifact
 from foveate.export.backends import find
 from foveate.export.backends.ort import TYPES, scratch_bytes, share_scratch
 from foveate.export.expand import expand
+from foveate.export.kv_packing import pack_codes, packed_width
 from foveate.export.onnx_contrib import plain
 from foveate.export.onnx_dialect import PORTABLE
-from foveate.export.onnx_kv import KV_OPS, KVContrib, pack_codes, packed_width
+from foveate.export.onnx_kv import KVContrib
+from foveate.export.onnx_kv_ops import KV_OPS
 from foveate.export.onnx_registry import EMITTERS
 from foveate.export.sizes import evaluate
 from foveate.export.to_onnx import to_onnx

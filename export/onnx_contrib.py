@@ -269,7 +269,7 @@ class Contrib:
             return None
         stored = [self.stage.output_nodes.get(f"{w}.{layer}") for w in "kv"]
         if not all(
-            s is not None and plain(_behind_store(s)) is plain(_behind_store(a.args[1]))
+            s is not None and plain(behind_store(s)) is plain(behind_store(a.args[1]))
             for s, a in zip(stored, (keys, values), strict=True)
         ):
             return None
@@ -403,7 +403,7 @@ def _parameter(node: Any) -> bool:
     return isinstance(node, Node) and node.op == "get_attr"
 
 
-def _behind_store(node: Node) -> Any:
+def behind_store(node: Node) -> Any:
     return node.args[0] if call(node, foveate.kv_store.default) else node
 
 

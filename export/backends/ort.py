@@ -59,7 +59,7 @@ class Ort(Backend):
         return found
 
     def scratch(self, program: Program, options: Mapping[str, Any], sizes: Mapping[str, int]) -> int:
-        from ..onnx_kv import packed_width
+        from ..kv_packing import packed_width
 
         if not self.settings(options)["fuse"] or program.facts.dtype != "float32":
             return 0
@@ -87,8 +87,10 @@ class Ort(Backend):
 
 def _lower_stage(program: Program, name: str, folder: Path, weights: Any, settings: dict[str, Any]) -> dict[str, Any]:
     from ..expand import expand
+    from ..kv_packing import pack_codes
     from ..onnx_dialect import PORTABLE
-    from ..onnx_kv import KV_OPS, KVContrib, pack_codes
+    from ..onnx_kv import KVContrib
+    from ..onnx_kv_ops import KV_OPS
     from ..onnx_registry import EMITTERS
     from ..to_onnx import dim_name, dim_names, save, to_onnx
 

@@ -19,7 +19,9 @@ from lowering import distance, engine, prompt, rollout, run_onnx
 
 from foveate.export.backends.eager import EagerEngine
 from foveate.export.backends.ort import Ort, scratch_bytes, share_scratch
-from foveate.export.onnx_kv import KV_OPS, KVContrib, pack_codes, planes
+from foveate.export.kv_packing import pack_codes
+from foveate.export.onnx_kv import KVContrib, planes
+from foveate.export.onnx_kv_ops import KV_OPS
 from foveate.export.to_onnx import to_onnx
 from foveate.graph.capture import capture
 from foveate.graph.families import REGISTRY
