@@ -11,7 +11,8 @@ import typer
 
 from .graph.errors import FoveateError
 
-Data = Annotated[Path, typer.Option("--data", "-d", help="pictures and questions: a folder with items.jsonl, or a file; labels are not read")]
+Data = Annotated[Path, typer.Option("--data", "-d", help="pictures and questions: a folder with items.jsonl, or a file and --mapping; labels are not read")]
+Mapped = Annotated[str | None, typer.Option("--mapping", help="vqav2, textvqa, docvqa, chartqa, pope, mmmu, or a YAML file")]
 Limit = Annotated[int | None, typer.Option("--limit", help="only the first items")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
@@ -32,6 +33,7 @@ def train(
     option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="training setting: steps=2000, lr=0.001, elastic=[4,8,16]")] = None,
     cache: Annotated[Path | None, typer.Option("--cache", help="folder of the teacher's answers; may be shared between runs")] = None,
     weights: Annotated[Path | None, typer.Option("--weights", help="start from these")] = None,
+    mapping: Mapped = None,
     limit: Limit = None,
     plugin: Plugin = None,
     as_json: Json = False,
@@ -42,13 +44,14 @@ def train(
 
     from .distillation import distill, settings_of
     from .passes.recipe import load as load_recipe
+    from .runtime.datasets import load_items
 
     _plugins(plugin)
     config = settings_of(None, {k: yaml.safe_load(v) for k, v in _pairs("--option", option).items()})
-    chosen = load_recipe(recipe, _pairs("--set", set_))
+    chosen, items = load_recipe(recipe, _pairs("--set", set_)), load_items(data, mapping, limit)
     program, processor = _captured(model)
     with Bar(quiet, config.steps) as bar:
-        done = distill(program, _items(data, limit), chosen, processor=processor, output=output, settings=config, cache=cache, weights=weights, progress=bar)
+        done = distill(program, items, chosen, processor=processor, output=output, settings=config, cache=cache, weights=weights, progress=bar)
     if as_json:
         sys.stdout.write(json.dumps({"recipe": str(done.recipe), "weights": str(done.weights), **done.report}, indent=1) + "\n")
         return
@@ -60,6 +63,7 @@ def train(
 def exits(
     model: Annotated[str, typer.Argument(help="model folder or hub id")],
     data: Data,
+    mapping: Mapped = None,
     limit: Limit = 64,
     share: Annotated[float, typer.Option(help="of the questions must keep their answer")] = 0.95,
     task: Annotated[str | None, typer.Option(help="with a task class, the visual tokens that the scaling law gives it")] = None,
@@ -68,10 +72,12 @@ def exits(
 ) -> None:
     """Where visual tokens may leave: the teacher's agreement with itself when they are removed at each layer, and the layer that it recommends."""
     from .distill_calibrate import calibrate
+    from .runtime.datasets import load_items
 
+    items = load_items(data, mapping, limit)
     program, processor = _captured(model)
     with Bar(quiet, 0) as bar:
-        found = calibrate(program, processor, _items(data, limit), share=share, task=task, say=lambda line: bar("teacher", line))
+        found = calibrate(program, processor, items, share=share, task=task, say=lambda line: bar("teacher", line))
     sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n") if as_json else print(found)
 
 
@@ -123,12 +129,6 @@ def _captured(model: str) -> tuple[Any, Any]:
 
     loaded, processor = load_model(model, dtype="auto", device="cpu")
     return capture(loaded, processor), processor
-
-
-def _items(data: Path, limit: int | None) -> list[Any]:
-    from .runtime.datasets import load_items
-
-    return load_items(data, None, limit)
 
 
 def _plugins(paths: list[Path] | None) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands_learn import Data, Json, Limit, Quiet, _items, _pairs
+from .commands_learn import Data, Json, Limit, Mapped, Quiet, _pairs
 from .graph.errors import FoveateError
 
 
@@ -30,11 +30,13 @@ def policy(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="measure, over, mode (coarse-to-fine), signal (density-budget)")] = None,
     batch: Annotated[int, typer.Option(help="requests at a time")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="longest answer")] = 64,
+    mapping: Mapped = None,
     limit: Limit = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Find the thresholds of a runtime policy on unlabelled pictures and questions: which artifact answers which request."""
+    from .runtime.datasets import load_items
     from .runtime.policies.saved import KINDS
     from .runtime.session import load
 
@@ -43,7 +45,7 @@ def policy(
     chosen, options = KINDS[kind], _pairs("--set", set_)
     if unknown := sorted(set(options) - set(chosen.settings)):
         raise _usage(f"--set {unknown[0]}: {kind} has {', '.join(chosen.settings)}")
-    items = _items(data, limit)
+    items = load_items(data, mapping, limit)
     with ExitStack() as stack:
         buckets = [stack.enter_context(load(a)) for a in artifacts]
         judge = stack.enter_context(load(teacher)) if teacher else None

@@ -1,11 +1,13 @@
 """What a teacher knows about unlabelled pictures and questions: its greedy answers, its distributions, its hidden rows and its image features, on disk.
 
 The folder holds shards of `SHARD` sources in safetensors and `cache.json`. An interrupted build goes on at the first missing shard. Labels are never
-read. A row is one beginning (everything up to the last image token) and one or more questions with the teacher's answers behind it.
+read. A row is one beginning (everything up to the last image token) and one or more questions with the teacher's answers behind it. Memory holds
+neither the pictures nor the rows of a large data set: both are opened when they are needed.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -28,11 +30,13 @@ from .graph.program import Program
 from .runtime import prompts
 from .runtime.batch import Batch, Layout, assemble, image_groups, lay_out
 from .runtime.context import compressed
+from .runtime.datasets import load_items, open_image
 from .runtime.image_cache import read
 from .runtime.result import Timings
 from .runtime.session import Session, Stop
 
 SHARD = 32
+OPEN = 64  # shards that are open at a time
 TOP = 64  # of the teacher's distribution are kept where the vocabulary is larger than FULL
 FULL = 512
 Say = Callable[[str], None]
@@ -40,25 +44,48 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Source:
-    """Pictures, and what is asked about them; every question stands alone behind the pictures. context: a text that belongs to all questions."""
+    """Pictures, and what is asked about them; every question stands alone behind the pictures. context: a text that belongs to all questions.
+
+    A picture is a PIL image, a path, a uint8 array, or a function that opens one.
+    """
 
     pictures: tuple[Any, ...]
     questions: tuple[str, ...]
     context: str = ""
 
+    def opened(self) -> list[Any]:
+        return [p() if callable(p) else p for p in self.pictures]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture of a data set's item, opened at every call."""
+
+    source: Path | bytes
+    item: str
+
+    def __call__(self) -> Any:
+        return open_image(self.source, self.item)
+
 
 def sources(data: Any) -> list[Source]:
-    """From a data set's folder or file (see docs/judge.md), items of one, (pictures, questions) or (pictures, questions, context). Labels are not looked at."""
-    if isinstance(data, (str, Path)):
-        from .runtime.datasets import load_items
+    """From a data set's folder or file (see docs/judge.md), items of one, (pictures, questions) or (pictures, questions, context). Labels are not looked at.
 
+    Items about the same pictures become one source, so that none of them is held out while another trains.
+    """
+    if isinstance(data, (str, Path)):
         data = load_items(data)
     found: list[Source] = []
+    seen: dict[Any, int] = {}  # the pictures of items -> their place among `found`
     for entry in data:
         if isinstance(entry, Source):
             found.append(entry)
         elif hasattr(entry, "turns"):
-            found.append(Source(tuple(entry.pictures()), tuple(t.question for t in entry.turns[:1])))
+            at = seen.setdefault(entry.images or entry.id, len(found))
+            if at == len(found):
+                found.append(Source(tuple(Stored(s, entry.id) for s in entry.images), ()))
+            asked = dict.fromkeys([*found[at].questions, *(t.question for t in entry.turns[:1])])
+            found[at] = replace(found[at], questions=tuple(asked))
         else:
             pictures, questions, *context = entry
             several = isinstance(pictures, (list, tuple))
@@ -207,7 +234,8 @@ class Teacher:
 
     def rows(self, source: Source) -> list[Row]:
         """The source's questions, answered, packed into rows of at most `room` text tokens."""
-        samples = [self._sample(source.pictures, q, source.context) for q in source.questions]
+        pictures = source.opened()
+        samples = [self._sample(pictures, q, source.context) for q in source.questions]
         starts = [self._beginning(s.tokens) for s in samples]
         feats = self._features(samples[0])
         answers = self._answers(samples, starts, feats)
@@ -337,17 +365,18 @@ class Cache:
 
     def __init__(self, folder: Path, making: Making, count: int) -> None:
         self.folder, self.making, self.count = folder, making, count
-        self._memory: dict[int, list[list[Row]]] = {}
+        self._shard = functools.lru_cache(OPEN)(self._opened)
 
     @classmethod
     def build(cls, program: Program, processor: Any, data: Sequence[Source], folder: str | Path, making: Making, say: Say = lambda line: None) -> Cache:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         made = {k: v for k, v in asdict(making).items() if k not in ("batch", "target") and (k, v) != ("until", None)}
-        mark = json.loads(json.dumps({"teacher": digest(program), "making": made, "sources": len(data)}))
+        mark = json.loads(json.dumps({"teacher": digest(program), "making": made, "sources": len(data), "data": _fingerprint(data)}))
         note = folder / "cache.json"
         if note.is_file():
             known = json.loads(note.read_text(encoding="utf-8"))
+            known.setdefault("data", mark["data"])  # an older cache does not say
             if differs := [k for k in mark if known.get(k) != mark[k]]:
                 raise DistillError(f"distill: the cache {folder} was made with another {' and '.join(differs)}; choose another folder or remove this one")
         note.write_text(json.dumps(mark, indent=1), encoding="utf-8")
@@ -374,10 +403,37 @@ class Cache:
         return self.folder / f"rows-{shard:05d}.safetensors"
 
     def rows(self, source: int) -> list[Row]:
-        shard = source // SHARD
-        if shard not in self._memory:
-            self._memory[shard] = self._read(shard)
-        return self._memory[shard][source % SHARD]
+        """Read when asked for: a step needs a few sources of a data set that may be larger than memory."""
+        shard, names = self._shard(source // SHARD)
+        s, get = source % SHARD, shard.get_tensor
+        features, vision = ({n.split(kind)[1]: get(n) for n in names[s] if kind in n} for kind in (".feature.", ".vision."))
+        found = []
+        for r in range(self.lengths(source)):
+            at = f"{s}.{r}"
+            (images, _), *lengths = get(f"{at}.lengths").tolist()
+            tokens, segments, begin = get(f"{at}.tokens").numpy(), [], 0
+            for q, a in lengths:
+                segments.append(Segment(tokens[begin : begin + q], tokens[begin + q : begin + q + a]))
+                begin += q + a
+            index = get(f"{at}.index") if f"{at}.index" in names[s] else None
+            found.append(Row(get(f"{at}.beginning").numpy(), tuple(segments), images, {n: v.numpy() for n, v in vision.items()}, features,
+                             get(f"{at}.logits"), index, {l: get(f"{at}.hidden.{l}") for l in self.making.hidden}))
+        return found
+
+    def lengths(self, source: int) -> int:
+        """How many rows a source has."""
+        return int(self._shard(source // SHARD)[0].get_tensor("rows")[source % SHARD])
+
+    def _opened(self, shard: int) -> tuple[Any, list[set[str]]]:
+        """The shard, mapped into memory, and the names of each of its sources' tensors."""
+        from safetensors import safe_open
+
+        file = safe_open(str(self.file(shard)), "pt")  # type: ignore[no-untyped-call]
+        names: list[set[str]] = [set() for _ in range(SHARD)]
+        for name in file.keys():
+            if name != "rows":
+                names[int(name.partition(".")[0])].add(name)
+        return file, names
 
     def _write(self, shard: int, groups: list[list[Row]]) -> None:
         from safetensors.torch import save_file
@@ -400,26 +456,22 @@ class Cache:
         save_file({n: t.contiguous() for n, t in tensors.items()}, str(partial))
         os.replace(partial, self.file(shard))
 
-    def _read(self, shard: int) -> list[list[Row]]:
-        from safetensors.torch import load_file
 
-        t = load_file(str(self.file(shard)))
-        groups = []
-        for s, count in enumerate(t["rows"].tolist()):
-            features = {n.split(".feature.")[1]: x for n, x in t.items() if n.startswith(f"{s}.feature.")}
-            vision = {n.split(".vision.")[1]: x.numpy() for n, x in t.items() if n.startswith(f"{s}.vision.")}
-            group = []
-            for r in range(count):
-                at = f"{s}.{r}"
-                (images, _), *lengths = t[f"{at}.lengths"].tolist()
-                tokens, segments, begin = t[f"{at}.tokens"].numpy(), [], 0
-                for q, a in lengths:
-                    segments.append(Segment(tokens[begin : begin + q], tokens[begin + q : begin + q + a]))
-                    begin += q + a
-                group.append(Row(t[f"{at}.beginning"].numpy(), tuple(segments), images, vision, features, t[f"{at}.logits"], t.get(f"{at}.index"),
-                                 {l: t[f"{at}.hidden.{l}"] for l in self.making.hidden}))
-            groups.append(group)
-        return groups
+def _fingerprint(data: Sequence[Source]) -> str:
+    """Of what is asked about which pictures; of a picture in a file its name and size."""
+    sha = hashlib.sha256()
+    for source in data:
+        sha.update(json.dumps([source.questions, source.context]).encode())
+        for picture in source.pictures:
+            sha.update(_identity(picture.source if isinstance(picture, Stored) else picture))
+    return sha.hexdigest()[:24]
+
+
+def _identity(picture: Any) -> bytes:
+    if isinstance(picture, (str, Path)):
+        path = Path(picture)
+        return f"{path.name} {path.stat().st_size if path.is_file() else None}".encode()
+    return picture if isinstance(picture, bytes) else np.ascontiguousarray(picture() if callable(picture) else picture).tobytes()
 
 
 def digest(program: Program) -> str:

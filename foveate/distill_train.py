@@ -161,7 +161,7 @@ class Trainer:
         self.held = [row for i in range(held) for row in cache.rows(i)]
         if not settings.packed:
             self.held = [part for row in self.held for part in row.split()]
-        self.train = [(i, r) for i in range(held, cache.count) for r in range(len(cache.rows(i)))]
+        self.train = [(i, r) for i in range(held, cache.count) for r in range(cache.lengths(i))]
         self.gap = np.full(len(self.train), math.nan)  # of every row, when it was last seen
         self.far = np.full(served, math.nan)  # of every served student, over its last ten steps or so
         groups: dict[float, list[nn.Parameter]] = {}

@@ -341,6 +341,34 @@ def test_the_cache_goes_on_and_knows_its_teacher(tmp_path, monkeypatch):
     assert torch.equal(row.logits.argmax(-1), torch.from_numpy(row.wanted))  # packed distributions agree with greedy decoding in the engine
     with pytest.raises(foveate.DistillError, match="was made with another making; choose another folder"):
         Cache.build(program, processor, data, tmp_path, replace(making, max_new_tokens=5))
+    other = [*data[:2], replace(data[2], questions=tuple(QUESTIONS[::-1]))]
+    with pytest.raises(foveate.DistillError, match="was made with another data; choose another folder"):
+        Cache.build(program, processor, other, tmp_path, making)
+
+
+def test_items_about_one_picture_are_one_source_and_pictures_stay_on_disk(tmp_path, monkeypatch):
+    """So no picture is held out and trained on; memory holds neither the pictures of a data set nor the teacher's rows about them."""
+    from foveate.runtime.datasets import Item, Turn
+
+    opened = []
+    real = Image.open
+    monkeypatch.setattr("PIL.Image.open", lambda source, *a: opened.append(Path(source).name) or real(source, *a))
+    for i, (picture, _) in enumerate(pictures(4)):
+        picture.save(tmp_path / f"{i}.png")
+    items = [Item(f"{i}-{q}", (tmp_path / f"{i}.png",), (Turn(q), Turn("never alone ?"))) for q in QUESTIONS[:3] for i in range(4)]
+    data = sources(items)
+    assert [s.questions for s in data] == [tuple(QUESTIONS[:3])] * 4 and not opened
+    program, processor = captured()
+    monkeypatch.setattr("foveate.distill_data.SHARD", 1)
+    monkeypatch.setattr("foveate.distill_data.OPEN", 2)
+    cache = Cache.build(program, processor, data, tmp_path / "cache", making_of(program, Settings(max_new_tokens=4)))
+    assert opened == [f"{i}.png" for i in range(4)]  # once each, for all questions
+    for i in (0, 3, 1, 2, 0):
+        again = Cache(cache.folder, cache.making, cache.count)
+        for mine, fresh in zip(cache.rows(i), again.rows(i), strict=True):
+            assert torch.equal(mine.logits, fresh.logits) and all(torch.equal(f, fresh.features[n]) for n, f in mine.features.items())
+            assert len(mine.segments) == 3
+    assert cache._shard.cache_info().currsize == 2
 
 
 # ---- refusals
@@ -436,16 +464,19 @@ def test_the_command_line(tmp_path, capsys):
     lines = []
     for i, (picture, questions) in enumerate(pictures(4)):
         picture.save(data / f"{i}.png")
-        lines.append(json.dumps({"id": str(i), "images": [f"{i}.png"], "turns": [{"question": questions[i], "answer": "never read"}]}))
-    (data / "items.jsonl").write_text("\n".join(lines))
+        lines.append(json.dumps({"number": i, "picture": f"{i}.png", "asked": questions[i], "answer": "never read"}))
+    (data / "rows.jsonl").write_text("\n".join(lines))
+    mapping = tmp_path / "mapping.yaml"
+    mapping.write_text("{id: number, image: picture, question: asked, answer: answer}")
+    data = ["-d", str(data / "rows.jsonl"), "--mapping", str(mapping)]
     options = [x for k, v in TRAINING.items() for x in ("--option", f"{k}={v}")]
-    command = ["distill", str(checkpoints.tiny_llava()), "-r", "victor{registers=2,layer=1}", "--set", "layer=2", "-d", str(data), "-o", str(tmp_path / "run")]
+    command = ["distill", str(checkpoints.tiny_llava()), "-r", "victor{registers=2,layer=1}", "--set", "layer=2", *data, "-o", str(tmp_path / "run")]
     assert execute([*command, *options, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["steps"] == 6 and Path(said["weights"]).is_file() and "layer: 2" in Path(said["recipe"]).read_text()
     assert execute([*command, "--option", "stepz=1"]) == 2
     assert "no setting 'stepz'" in capsys.readouterr().err
-    assert execute(["exits", str(checkpoints.tiny_llava()), "-d", str(data), "--limit", "2", "--json"]) == 0
+    assert execute(["exits", str(checkpoints.tiny_llava()), *data, "--limit", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["questions"] == 2
 
 
