@@ -74,6 +74,7 @@ def t1(layer: int, registers: int = 8, more: str = ",content=visual") -> str:
     return f"victor{{registers={registers},layer={layer}{more}}}, {LORA}"
 
 
+BLIND, PREFUSION = t1(4, 32, ",content=visual,question_blind=true"), "prefusion{registers=8,layer=2,content=visual}"
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "victor-m8-k2": (t1(2), LONG),
     "elastic-k2": (t1(2), LONG | ELASTIC),
@@ -88,10 +89,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "none-m0-k2-long": (t1(2, 0, ""), LONGER),
     "random8-k2-long": (RANDOM, LONGER),
     "words-m8-k2": (t1(2, 8, ""), LONG),  # registers that hold nothing of the image at first, as published
-    "blind-m32-k4": (t1(4, 32, ",content=visual,question_blind=true"), LONG),
+    "blind-m32-k4": (BLIND, LONG),
+    "blind-m32-k4-focus": (BLIND, LONGER | FOCUS),
     "elastic-k1": (t1(1), ELASTIC),
     "none-m0-k1": (t1(1, 0, ""), {}),
-    "prefusion-m8-k2": ("prefusion{registers=8,layer=2,content=visual}", {"steps": 1200}),
+    "prefusion-m8-k2": (PREFUSION, {"steps": 1200}),
+    "prefusion-m8-k2-focus": (PREFUSION, LONGER | FOCUS),
     "space-to-depth-36": (f"space-to-depth{{side=2}}, {LORA}", {"sources": 3200, "steps": 1200}),
     "matryoshka-mix-36": (f"matryoshka-mix{{tokens=36}}, {LORA}", {"sources": 3200, "steps": 1200}),
     "exit-router": ("exit-router{layers=[2,4,6]}", {"sources": 640}),
@@ -107,6 +110,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "victor-m32-k2": (t1(2, 32), LONG),
     "victor-m4-k2": (t1(2, 4), LONG),
     "victor-m16-k2": (t1(2, 16), LONG),
+    "victor-m4-k2-focus": (t1(2, 4), LONGER | FOCUS),
 }
 UNTRAINED = {"original": None, "attention8-k2-untrained": "drop-fastv{layer=2,keep=8}", "random8-k2-untrained": "drop-random{layer=2,keep=8}",
              "none-m0-k2-untrained": "victor{registers=0,layer=2}"}

@@ -6,6 +6,7 @@
 2. speed    LLaVA-1.5-7B's geometry, random weights made on the device: prefill and decode, unreduced against drop-fastv, sdpa and torch.compile,
             next to the FLOP ratio of the cost model; peak memory
 3. kernel   the fused decode attention over int8, int4 and mixed caches (Triton): right, and its share of a copy's bandwidth (kv_kernel.py)
+4. training distillation of registers and adapters: the losses of the CPU, in float32 and bfloat16 (train_check.py)
 
 Writes gpu_check.json and gpu_check.md into $OUT, or --out, or benchmarks/results. Exit code 1 when a bound is broken.
 """
@@ -309,6 +310,15 @@ def check_kernel(device: str, rounds: int) -> dict[str, Any]:
     return kv_kernel.measure(device, max(rounds, 5))
 
 
+# -- 4. training
+
+
+def check_training(g: Geometry, device: str) -> dict[str, Any]:
+    from benchmarks import train_check
+
+    return train_check.measure(llava(g, "cpu", torch.float32), g, device)
+
+
 # -- the record
 
 
@@ -352,9 +362,9 @@ def table(record: dict[str, Any]) -> str:
             f"| {mode} | {p['baseline']:.2f} -> {p['reduced']:.2f} | {m['prefill_speedup']:.2f}x | {m['share_of_ideal']:.0%} "
             f"| {d['baseline']:.2f} -> {d['reduced']:.2f} | {used} |"
         )
-    from benchmarks import kv_kernel
+    from benchmarks import kv_kernel, train_check
 
-    return "\n".join(lines) + "\n\n" + kv_kernel.table(record["kernel"])
+    return "\n".join([*lines, "", kv_kernel.table(record["kernel"]), train_check.table(record["training"])])
 
 
 def check(device: str, geometry: str, numbers: str, seconds: float, rounds: int, compile_too: bool) -> dict[str, Any]:
@@ -365,8 +375,10 @@ def check(device: str, geometry: str, numbers: str, seconds: float, rounds: int,
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     record["speed"] = check_speed(g, device, dtype, start + seconds, rounds, compile_too)
     record["kernel"] = check_kernel(device, rounds)
+    record["training"] = check_training(GEOMETRIES[numbers], device)
     record["seconds"] = round(time.monotonic() - start, 1)
-    record["ok"] = all(r["ok"] for r in record["numbers"]) and record["kernel"].get("right", True)  # a bandwidth below its goal is reported, not an error
+    right = [*(r["ok"] for r in record["numbers"]), record["kernel"].get("right", True), record["training"]["right"]]
+    record["ok"] = all(right)  # a bandwidth below its goal is reported, not an error
     return record
 
 

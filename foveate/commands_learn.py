@@ -16,7 +16,10 @@ Mapped = Annotated[str | None, typer.Option("--mapping", help="vqav2, textvqa, d
 Limit = Annotated[int | None, typer.Option("--limit", help="only the first items")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
+Dtype = Annotated[str, typer.Option(help="of the loaded weights: float32, bfloat16")]
+Device = Annotated[str, typer.Option(help="where the model is loaded and everything is computed: cpu, cuda")]
 Plugin = Annotated[list[Path] | None, typer.Option("--plugin", help="python file or folder that adds passes or families")]
+DTYPES = ("float32", "bfloat16")
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +36,8 @@ def train(
     option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="training setting: steps=2000, lr=0.001, elastic=[4,8,16]")] = None,
     cache: Annotated[Path | None, typer.Option("--cache", help="folder of the teacher's answers; may be shared between runs")] = None,
     weights: Annotated[Path | None, typer.Option("--weights", help="start from these")] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     mapping: Mapped = None,
     limit: Limit = None,
     plugin: Plugin = None,
@@ -49,7 +54,7 @@ def train(
     _plugins(plugin)
     config = settings_of(None, {k: yaml.safe_load(v) for k, v in _pairs("--option", option).items()})
     chosen, items = load_recipe(recipe, _pairs("--set", set_)), load_items(data, mapping, limit)
-    program, processor = _captured(model)
+    program, processor = _captured(model, dtype, device)
     with Bar(quiet, config.steps) as bar:
         done = distill(program, items, chosen, processor=processor, output=output, settings=config, cache=cache, weights=weights, progress=bar)
     if as_json:
@@ -67,6 +72,8 @@ def exits(
     limit: Limit = 64,
     share: Annotated[float, typer.Option(help="of the questions must keep their answer")] = 0.95,
     task: Annotated[str | None, typer.Option(help="with a task class, the visual tokens that the scaling law gives it")] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -75,7 +82,7 @@ def exits(
     from .runtime.datasets import load_items
 
     items = load_items(data, mapping, limit)
-    program, processor = _captured(model)
+    program, processor = _captured(model, dtype, device)
     with Bar(quiet, 0) as bar:
         found = calibrate(program, processor, items, share=share, task=task, say=lambda line: bar("teacher", line))
     sys.stdout.write(json.dumps(found.as_dict(), indent=1) + "\n") if as_json else print(found)
@@ -123,11 +130,21 @@ class Bar:
             self.console.print(", ".join(f"{k} {v}" for k, v in line.items()), markup=False)
 
 
-def _captured(model: str) -> tuple[Any, Any]:
+def _captured(model: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """On the process's own GPU where there are several processes."""
+    import os
+
+    import torch
+
     from .graph.capture import capture
     from .graph.families import load_model
 
-    loaded, processor = load_model(model, dtype="auto", device="cpu")
+    if dtype not in DTYPES:
+        raise _usage(f"--dtype {dtype}: it is none of {', '.join(DTYPES)}")
+    if device != "cpu" and not (device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise _usage(f"--device {device}: torch sees {f'{torch.cuda.device_count()} CUDA devices' if torch.cuda.is_available() else 'no CUDA device'} here")
+    place = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+    loaded, processor = load_model(model, dtype=getattr(torch, dtype), device=place)
     return capture(loaded, processor), processor
 
 
@@ -143,8 +160,12 @@ def _pairs(flag: str, texts: list[str] | None) -> dict[str, str]:
     for text in texts or []:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            error = FoveateError(f"{flag} {text!r}: write it as KEY=VALUE")
-            error.exit_code = 2  # type: ignore[attr-defined]
-            raise error
+            raise _usage(f"{flag} {text!r}: write it as KEY=VALUE")
         found[key.strip()] = value.strip()
     return found
+
+
+def _usage(text: str) -> FoveateError:
+    error = FoveateError(text)
+    error.exit_code = 2  # type: ignore[attr-defined]
+    return error

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands_learn import Data, Json, Limit, Mapped, Quiet, _pairs
-from .graph.errors import FoveateError
+from .commands_learn import Data, Json, Limit, Mapped, Quiet, _pairs, _usage
 
 
 def register(app: typer.Typer) -> None:
@@ -59,9 +58,3 @@ def policy(
         sys.stdout.write(json.dumps(record, indent=1) + "\n")
         return
     print(f"{made.calibration}\nwrote {path}")
-
-
-def _usage(text: str) -> FoveateError:
-    error = FoveateError(text)
-    error.exit_code = 2  # type: ignore[attr-defined]
-    return error

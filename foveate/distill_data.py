@@ -26,6 +26,7 @@ from .distill_error import DistillError
 from .distill_view import ANSWERS, SEGMENT, TEXTS, trainable, training_view
 from .export.artifact import Artifact
 from .export.backends.base import find
+from .export.backends.eager import EagerEngine
 from .graph.program import Program
 from .runtime import prompts
 from .runtime.batch import Batch, Layout, assemble, image_groups, lay_out
@@ -224,13 +225,20 @@ class Teacher:
         self.forward = trainable(view["prefill"], ["logits", *[f"hidden.{l}" for l in making.hidden]])
         self.see = trainable(program["vision"], list(program.facts.features))
         self.folder = tempfile.TemporaryDirectory(prefix="foveate-teacher-")
-        path = Path(self.folder.name) / "teacher"
-        backend = find(making.target)
+        self.session = self._session(Path(self.folder.name) / "teacher")
+
+    def _session(self, path: Path) -> Session:
+        """What answers: an artifact where its target takes the program, else the program where it is (half precision on a CPU, any on a GPU)."""
+        backend, kv = find(self.making.target), [asdict(e) for e in self.program.kv]
+        on_cpu = all(t.device.type == "cpu" for _, t in self.program.parameters())
+        if not on_cpu or backend.check(self.program, backend.settings({})):
+            engine = EagerEngine.of(self.program)
+            return Session(engine, self.processor, {"facts": json.loads(json.dumps(self.facts)), "kv": kv, "components": engine.parts})
         with Artifact.create(path) as draft:
-            components = backend.lower(program, draft.folder, backend.settings({}))
-            draft.manifest.update(target=making.target, facts=json.loads(json.dumps(self.facts)), kv=[asdict(e) for e in program.kv], components=components)
+            components = backend.lower(self.program, draft.folder, backend.settings({}))
+            draft.manifest.update(target=self.making.target, facts=json.loads(json.dumps(self.facts)), kv=kv, components=components)
         artifact = Artifact.load(path)
-        self.session = Session(backend.open(artifact), processor, artifact.manifest)
+        return Session(backend.open(artifact), self.processor, artifact.manifest)
 
     def rows(self, source: Source) -> list[Row]:
         """The source's questions, answered, packed into rows of at most `room` text tokens."""
@@ -260,7 +268,7 @@ class Teacher:
             out = self.forward(collate(rows, self.facts))
         done = []
         for b, row in enumerate(rows):
-            values, index = out["logits"][b, : row.answers].float().log_softmax(-1), None
+            values, index = out["logits"][b, : row.answers].float().cpu().log_softmax(-1), None
             if values.shape[1] > FULL:
                 values, index = values.topk(TOP, 1)
             done.append(Row(row.beginning, row.segments, row.images, row.vision, row.features, small(values), None if index is None else index.int(),
@@ -299,12 +307,11 @@ class Teacher:
         return end
 
     def _features(self, sample: Any) -> dict[str, Tensor]:
-        types = {n: self.program["vision"].placeholder(n).meta["val"].dtype for n in self.program["vision"].inputs}
-        missing = [n for n in types if n not in sample.vision]
+        missing = [n for n in self.see.inputs if n not in sample.vision]
         if missing:
             raise DistillError(f"distill: the vision stage takes {missing}, which this processor does not make; it makes {sorted(sample.vision)}")
         with torch.no_grad():
-            feeds = {n: torch.as_tensor(sample.vision[n]).to(t) for n, t in types.items()}
+            feeds = {n: torch.as_tensor(sample.vision[n]) for n in self.see.inputs}
             return {n: small(x) for n, x in self.see({n: x.reshape(-1, *x.shape[-self._rank(n) + 1:]) for n, x in feeds.items()}).items()}
 
     def _rank(self, name: str) -> int:
@@ -353,8 +360,9 @@ def _text(parts: Sequence[str]) -> list[dict[str, str]]:
 
 def small(x: Tensor) -> Tensor:
     """In half precision where the numbers fit, else in bfloat16."""
-    half = x.detach().half()
-    return half if torch.isfinite(half).all() else x.detach().bfloat16()
+    x = x.detach().cpu()
+    half = x.half()
+    return half if torch.isfinite(half).all() else x.bfloat16()
 
 
 # ---- the folder

@@ -59,7 +59,6 @@ class Settings:
     room: int = 160
     max_new_tokens: int = 64
     precision: str = "float32"  # or bfloat16 (autocast)
-    device: str = "cpu"
     tensorboard: bool = False
     seed: int = 0
 
@@ -101,12 +100,12 @@ class Student:
                    trainable(view["vision"], list(view.facts.features)) if own_vision else None,
                    trainable(view["prefill"], [f"hidden.{stitch}"]) if stitch else None)
 
-    def __call__(self, rows: Sequence[Row], device: str, stitched: bool = False) -> dict[str, Tensor]:
-        feeds = self._with_features(rows, device) if self.vision else collate(rows, self.facts)
-        return (self.stitched if stitched else self.full)({n: t.to(device) for n, t in feeds.items()})  # type: ignore[misc]
+    def __call__(self, rows: Sequence[Row], stitched: bool = False) -> dict[str, Tensor]:
+        feeds = self._with_features(rows) if self.vision else collate(rows, self.facts)
+        return (self.stitched if stitched else self.full)(feeds)  # type: ignore[misc]
 
-    def _see(self, rows: Sequence[Row], device: str) -> dict[str, Tensor]:
-        arrays = {n: torch.cat([torch.as_tensor(r.vision[n]).reshape(-1, *r.vision[n].shape[-self._rank(n) + 1 :]) for r in rows]).to(device)
+    def _see(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        arrays = {n: torch.cat([torch.as_tensor(r.vision[n]).reshape(-1, *r.vision[n].shape[-self._rank(n) + 1 :]) for r in rows])
                   for n in self.vision.inputs}  # type: ignore[union-attr]
         return self.vision(arrays)  # type: ignore[misc]
 
@@ -114,11 +113,11 @@ class Student:
         node = next(n for n in self.vision.module.graph.nodes if n.op == "placeholder" and n.meta.get("name", n.name) == name)  # type: ignore[union-attr]
         return node.meta["val"].dim()
 
-    def _with_features(self, rows: Sequence[Row], device: str) -> dict[str, Tensor]:
+    def _with_features(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Feeds whose features are the student's own, with their gradient."""
-        seen, each = self._see(rows, device), int(self.facts["features_per_image"] or self.facts["tokens_per_image"])
+        seen, each = self._see(rows), int(self.facts["features_per_image"] or self.facts["tokens_per_image"])
         blank = {n: [torch.zeros(r.images * each, x.shape[-1]) for r in rows] for n, x in seen.items()}
-        feeds = {n: t.to(device) for n, t in collate(rows, self.facts, blank).items()}
+        feeds = collate(rows, self.facts, blank)
         for n, x in seen.items():
             parts = x.split([r.images * each for r in rows])
             width = feeds[n].shape[1]
@@ -136,7 +135,7 @@ class Together(nn.Module):
     def forward(self, student: Student, rows: Sequence[Row], to: Target, stitched: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> loss, KL, hidden error: parts of the batch's, so that they add up over parts and processes; and the gap of every row"""
         s = self.settings
-        out = student(rows, s.device, stitched)
+        out = student(rows, stitched)
         layers = [s.stitch_layer] if stitched else [int(n.partition(".")[2]) for n in out if n.startswith("hidden.") and s.hidden_weight]
         error = hidden_error({l: out[f"hidden.{l}"] for l in layers}, to)
         if stitched:
@@ -164,18 +163,19 @@ class Trainer:
         self.train = [(i, r) for i in range(held, cache.count) for r in range(cache.lengths(i))]
         self.gap = np.full(len(self.train), math.nan)  # of every row, when it was last seen
         self.far = np.full(served, math.nan)  # of every served student, over its last ten steps or so
+        self.device = next((t.device for t in self.tensors.values()), torch.device("cpu"))
+        self.masters = {n: t if t.dtype == torch.float32 else nn.Parameter(t.detach().float()) for n, t in self.tensors.items()}
         groups: dict[float, list[nn.Parameter]] = {}
         for name, tensor in self.tensors.items():
             tensor.requires_grad_(True)
-            rate = rate_of(name.removeprefix(PREFIX), settings)
-            groups.setdefault(rate, []).append(tensor)
+            groups.setdefault(rate_of(name.removeprefix(PREFIX), settings), []).append(self.masters[name])
         self.optimizer = torch.optim.AdamW([{"params": p, "lr": r} for r, p in groups.items()], betas=settings.betas, weight_decay=settings.weight_decay)
         self.rates = list(groups)
         self.module: Any = Together(self.tensors, settings)
         self.step, self.best, self.best_kl, self.stale = 0, -1.0, math.inf, 0
         self.accelerator = None
         if self.processes > 1:
-            self.accelerator = _accelerator(settings)
+            self.accelerator = _accelerator(self.device)
             self.module, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
 
     # ---- the loop
@@ -230,9 +230,9 @@ class Trainer:
         for part in range(s.accumulate):
             whole = mine[part * size : (part + 1) * size]
             some = alone(whole)
-            to = _to(target(some, answers, texts), s.device)
+            to = _to(target(some, answers, texts), self.device)
             wait = self.module.no_sync() if self.accelerator and part + 1 < s.accumulate else nullcontext()
-            with wait, torch.autocast(s.device.partition(":")[0], torch.bfloat16, enabled=s.precision == "bfloat16"):
+            with wait, torch.autocast(self.device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
                 *values, gap = self.module(student, some, to, stitched)
                 self._backward(values[0] * self.processes)  # data parallel averages over processes; the parts are to be added
             total += torch.stack([v.detach().double().cpu() for v in values])
@@ -243,10 +243,14 @@ class Trainer:
             gap = self.accelerator.gather(gap.to(self.accelerator.device)).view(self.processes, -1).T.flatten()
         if not torch.isfinite(total).all():
             raise self._broken("loss", float(total[0]))
-        norm = nn.utils.clip_grad_norm_(list(self.tensors.values()), s.clip)
+        for name, master in self.masters.items():
+            if master is not (tensor := self.tensors[name]):
+                master.grad, tensor.grad = None if tensor.grad is None else tensor.grad.float(), None
+        norm = nn.utils.clip_grad_norm_(list(self.masters.values()), s.clip)
         if not torch.isfinite(norm):
             raise self._broken("gradient", float(norm))
         self.optimizer.step()
+        self._narrow()
         if not stitched:
             self.gap[drawn] = gap.cpu().numpy()
             if chosen < self.served:
@@ -254,6 +258,13 @@ class Trainer:
                 self.far[chosen] = now if math.isnan(before) else 0.9 * before + 0.1 * now
         loss, distance, error = total.tolist()
         return {"step": step + 1, "loss": loss, "kl": distance, "hidden": error, "norm": float(norm), "factor": round(factor, 6), "student": student.name}
+
+    @torch.no_grad()
+    def _narrow(self) -> None:
+        """The graphs' own tensors from the float32 ones that are trained, where the model is in half precision: its steps would be lost there."""
+        for name, tensor in self.tensors.items():
+            if tensor is not self.masters[name]:
+                tensor.copy_(self.masters[name])
 
     def _backward(self, loss: Tensor) -> None:
         if self.accelerator:
@@ -303,8 +314,8 @@ class Trainer:
         distance, answers = 0.0, 0
         for i in range(0, len(self.held), 8):
             rows = self.held[i : i + 8]
-            to = _to(target(rows), self.settings.device)
-            logits = student(rows, self.settings.device)["logits"]
+            to = _to(target(rows), self.device)
+            logits = student(rows)["logits"]
             right += agreeing(logits, to, rows)
             distance += float(kl(logits, to)) * to.answers
             answers += to.answers
@@ -316,7 +327,7 @@ class Trainer:
         if better:
             self.best, self.best_kl = found["agreement"], found["held_out_kl"]
         if better and self.rank == 0:
-            save_weights(self.tensors, self.folder / WEIGHTS, {"step": str(self.step), "agreement": f"{self.best:.4f}"})
+            save_weights(self.masters, self.folder / WEIGHTS, {"step": str(self.step), "agreement": f"{self.best:.4f}"})
 
     # ---- the folder
 
@@ -324,7 +335,7 @@ class Trainer:
         if self.rank:
             return
         state = {"step": self.step, "best": self.best, "best_kl": self.best_kl, "stale": self.stale,
-                 "tensors": {n: t.detach().cpu() for n, t in self.tensors.items()},
+                 "tensors": {n: t.detach().cpu() for n, t in self.masters.items()},
                  "optimizer": self.optimizer.state_dict(), "gap": torch.from_numpy(self.gap), "far": torch.from_numpy(self.far), "seed": self.settings.seed}
         partial = self.folder / f".{STATE}.part"
         torch.save(state, partial)
@@ -333,14 +344,15 @@ class Trainer:
     def _resume(self) -> None:
         path = self.folder / STATE
         if path.is_file():
-            state = torch.load(path, map_location=self.settings.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             if {n: t.shape for n, t in state["tensors"].items()} != {n: t.shape for n, t in self.tensors.items()}:
                 raise DistillError(f"distill: the checkpoint in {self.folder} has other tensors than this recipe; choose another output folder")
             if (rows := len(state.get("gap", self.gap))) != len(self.gap):
                 raise DistillError(f"distill: the checkpoint in {self.folder} is of {rows} rows, the data have {len(self.gap)}; choose another output folder")
             with torch.no_grad():
-                for name, tensor in self.tensors.items():
+                for name, tensor in self.masters.items():
                     tensor.copy_(state["tensors"][name])
+            self._narrow()
             self.optimizer.load_state_dict(state["optimizer"])
             self.gap, self.far = (state[n].numpy() if n in state else getattr(self, n) for n in ("gap", "far"))  # an older checkpoint has none
             self.step, self.best, self.best_kl, self.stale = state["step"], state["best"], state["best_kl"], state["stale"]
@@ -393,19 +405,19 @@ def _shares(gap: np.ndarray) -> np.ndarray:
     return weight / weight.sum()
 
 
-def _to(to: Target, device: str) -> Target:
-    if device == "cpu":
+def _to(to: Target, device: torch.device) -> Target:
+    if device.type == "cpu":
         return to
     return Target(to.logits.to(device), None if to.index is None else to.index.to(device), to.answer.to(device), to.wanted.to(device),
                   {l: h.to(device) for l, h in to.hidden.items()}, to.text.to(device), to.answers, to.texts)
 
 
-def _accelerator(settings: Settings) -> Any:
+def _accelerator(device: torch.device) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError:
         raise DistillError("distill: several processes need the package accelerate; install foveate[train]") from None
-    return Accelerator(cpu=settings.device == "cpu", mixed_precision="no", rng_types=[])
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="no", rng_types=[])
 
 
 def _board(folder: Path) -> Any:

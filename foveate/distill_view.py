@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from .distill_error import DistillError
 from .graph.ops import REFERENCE
 from .graph.program import Program, Stage
-from .graph.retype import fake_mode, new_size, retype
+from .graph.retype import new_size, new_value, retype
 from .graph.sites import layers, role, site
 from .graph.splice import splice
 
@@ -69,9 +69,7 @@ def pick(x: Tensor, rank: Tensor, rows: Tensor) -> Tensor:
 def _rows(stage: Stage, batch: Any, name: str) -> Tensor:
     """A fake int64[B, R] with a size of its own."""
     prime = {ANSWERS: 8147, TEXTS: 8161}[name]  # no size of a model, and longer than what a comparison could be decided by
-    size = new_size(stage, name, prime)
-    with fake_mode(stage):
-        return torch.empty((batch, size), dtype=torch.int64)
+    return new_value(stage, (batch, new_size(stage, name, prime)), torch.int64)
 
 
 def _pack(stage: Stage, first: Node, segment: Node, valid: Node) -> None:
@@ -106,14 +104,17 @@ def trainable(stage: Stage, outputs: Sequence[str]) -> nn.Module:
 
 
 class Named(nn.Module):
-    """A graph module called by the names of its inputs; unknown names are ignored."""
+    """A graph module called by the names of its inputs, which are brought to its device and types; unknown names are ignored."""
 
     def __init__(self, module: GraphModule, inputs: list[str], outputs: list[str]) -> None:
         super().__init__()
         self.module, self.inputs, self.outputs = module, inputs, outputs
+        vals = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+        self.types = [(v.device, v.dtype) for v in vals]
 
     def forward(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.outputs, self.module(*[feeds[n] for n in self.inputs]), strict=True))
+        given = [feeds[n].to(*kind) for n, kind in zip(self.inputs, self.types, strict=True)]
+        return dict(zip(self.outputs, self.module(*given), strict=True))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None, scale: float, causal: bool,
@@ -125,8 +126,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_pos: Tenso
         mask = mask[:, None, None, :]
     if causal:
         order = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        mask = order if mask is None else mask & order if mask.dtype == torch.bool else mask.masked_fill(~order, -1e30)
+        mask = order if mask is None else mask & order if mask.dtype == torch.bool else mask.masked_fill(~order, hidden(mask.dtype))
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -1e30)
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, hidden(q.dtype))
     y = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
+
+
+def hidden(kind: torch.dtype) -> float:
+    """The logit of a key that is not seen: finite in this type, with room for a logit beside it."""
+    return max(-1e30, torch.finfo(kind).min / 2)

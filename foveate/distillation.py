@@ -78,7 +78,8 @@ def distill(
 
     data: a data set (folder, file, items) or (pictures, questions) pairs; labels are never read. output: a folder for recipe, weights, curve and
     checkpoint; training goes on where a checkpoint in it ends. cache: a folder for the teacher's answers, `output`/teacher unless given; runs may
-    share it. weights: start from these instead of the initial values. student: the program that the recipe is to rewrite, if it is another object
+    share it. Everything is computed where `program` is, in its type: float32, or bfloat16 with what is trained kept in float32. weights: start from
+    these instead of the initial values. student: the program that the recipe is to rewrite, if it is another object
     than `program`; it must be of the same model. options: single settings, as `steps=2000`. Raises a FoveateError, and DistillError for its own.
     """
     say = progress or (lambda stage, line: None)
@@ -92,6 +93,8 @@ def distill(
     for name, tensor in program.parameters():
         if tensor.device.type == "meta":
             raise DistillError(f"distill: {name} has no data (device meta); load the model's weights first")
+        if tensor.dtype == torch.float16:
+            raise DistillError(f"distill: {name} is float16, in which gradients vanish; load the model in float32 or bfloat16")
         tensor.requires_grad_(False) if tensor.is_floating_point() else None
     pairs = sources(data)
     making = making_of(program, config)

@@ -23,6 +23,8 @@ def test_the_whole_run_on_a_cpu(tmp_path, monkeypatch, capsys):
     }
     assert record["ok"] and record["speed"]["flop_ratio"] > 1
     assert record["speed"]["modes"]["sdpa"]["prefill_ms"]["baseline"] > 0 and "not_run" in record["speed"]["modes"]["compile"]
+    training = record["training"]
+    assert training["precisions"]["float32"]["losses"] == training["cpu"] and 0 < training["precisions"]["bfloat16"]["worst"] < 5e-2
     assert "| drop-fastv | bfloat16 |" in (tmp_path / "gpu_check.md").read_text()
     capsys.readouterr()
 

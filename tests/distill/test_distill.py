@@ -20,9 +20,9 @@ from PIL import Image
 import foveate
 from foveate.distill_data import Cache, Row, Segment, collate, digest, sources
 from foveate.distill_loss import Target, hidden_error, kl
-from foveate.distill_train import CURVE, STATE, Settings, Trainer
+from foveate.distill_train import CURVE, STATE, Settings, Student, Trainer
 from foveate.distill_view import trainable, training_view
-from foveate.distillation import making_of
+from foveate.distillation import making_of, vision_changed
 from foveate.graph.capture import capture
 from foveate.graph.families import load_model
 from foveate.passes import pipeline, recipe
@@ -152,25 +152,75 @@ def test_only_inserted_tensors_move(teacher, tmp_path):
     assert not any(t.requires_grad for _, t in program.parameters())
 
 
+class Killed(Exception):
+    pass
+
+
+def kill_after(step):
+    def progress(stage, line):
+        if stage == "train" and line.get("step") == step and "loss" in line:
+            raise Killed
+
+    return progress
+
+
 def test_killed_and_resumed_gives_the_same_curve(teacher, tmp_path):
     whole = train(teacher, tmp_path / "whole", focus=0.5, elastic=[2, 4])
     program, processor = captured()
-
-    class Killed(Exception):
-        pass
-
-    def killer(stage, line):
-        if stage == "train" and line.get("step") == 5 and "loss" in line:
-            raise Killed
-
     with pytest.raises(Killed):  # after step 5; the checkpoint is of step 4, and the curve has a line too many
         foveate.distill(program, pictures(), "victor{registers=4,layer=2}, lora{rank=2}", processor=processor, output=tmp_path / "again", cache=teacher,
-                        progress=killer, focus=0.5, elastic=[2, 4], **TRAINING)
+                        progress=kill_after(5), focus=0.5, elastic=[2, 4], **TRAINING)
     assert torch.load(tmp_path / "again" / STATE, weights_only=True)["step"] == 4
     again = train(teacher, tmp_path / "again", focus=0.5, elastic=[2, 4])
     assert curve(again.folder) == curve(whole.folder)  # to the last bit: what a step sees depends on the step and on the checkpoint
     for name, tensor in read_weights(whole.weights).items():
         assert torch.equal(tensor, read_weights(again.weights)[name])
+
+
+def test_a_bfloat16_model_is_trained_in_float32(teacher, tmp_path):
+    """Steps far below the resolution of bfloat16 add up; the curve is that of the float32 model but for roundings, and goes on after a kill."""
+    model, processor = load_model(str(checkpoints.tiny_llava()), dtype=torch.bfloat16, device="cpu")
+    program, options = capture(model, processor), {**TRAINING, "lr": 1e-3, "rates": {}}
+    text = "victor{registers=4,layer=2}, lora{rank=2}"
+    done = foveate.distill(program, pictures(), text, processor=processor, output=tmp_path / "half", **options)
+    wide = train(teacher, tmp_path / "wide", text, lr=1e-3, rates={})
+    for (_, a), (_, b) in zip(curve(done.folder), curve(wide.folder), strict=True):  # 2^-8 a rounding, over three layers and answers that may differ
+        assert abs(a - b) < 0.1 * b
+    found = read_weights(done.weights)
+    assert {t.dtype for t in found.values()} == {torch.float32}
+    assert any((t.bfloat16().float() != t).any() for t in found.values())
+    assert foveate.optimize_model(str(checkpoints.tiny_llava()), str(done.recipe), weights=done.weights, output=tmp_path / "artifact")
+    with pytest.raises(Killed):
+        foveate.distill(program, pictures(), text, processor=processor, output=tmp_path / "again", progress=kill_after(5), **options)
+    again = foveate.distill(program, pictures(), text, processor=processor, output=tmp_path / "again", **options)
+    assert curve(again.folder) == curve(done.folder)
+
+
+def test_float16_is_refused_before_the_teacher_works(tmp_path):
+    model, processor = load_model(str(checkpoints.tiny_llava()), dtype=torch.float16, device="cpu")
+    with pytest.raises(foveate.DistillError, match="is float16, in which gradients vanish; load the model in float32 or bfloat16"):
+        foveate.distill(capture(model, processor), pictures(), "lora{rank=2}", processor=processor, output=tmp_path / "run", **TRAINING)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", [
+    "none", "victor{registers=4,layer=1,content=visual}", "victor{registers=2,layer=1,question_blind=true}, lora{rank=2}", "prefusion{registers=2,layer=1}",
+    "layer-expert{layers=[1],keep=4}", "space-to-depth{side=2}", "matryoshka-mix{tokens=4,groups=2}", "conv-downsample{side=2}", "query-pool{side=2}",
+    "meta-tokens{tokens=4,layer=0}"])
+def test_a_student_computes_where_its_model_is(text):
+    """On the meta device, where an operand from the CPU is an error: forward and backward of every insertion, features and feeds brought there."""
+    model, _ = load_model(str(checkpoints.tiny_llava()), dtype="auto", device="meta")
+    view = pipeline.run(training_view(capture(model), (1, 3)), recipe.load(None if text == "none" else text))
+    tensors = share([view])
+    student = Student.of("one", view, (1, 3), vision_changed(captured()[0], view))
+    segments = tuple(Segment(np.array([5, 6, 7]), np.array([8, 2])) for _ in range(2))
+    row = Row(np.array([1, *[4] * 16]), segments, 1, {"pixel_values": np.zeros((1, 3, 32, 32), np.float32)}, {"image_features": torch.zeros(16, 32)})
+    out = student([row, row])
+    assert {x.device.type for x in out.values()} == {"meta"} and out["logits"].shape == (2, 4, len(checkpoints.WORDS))
+    if tensors:
+        for tensor in tensors.values():
+            tensor.requires_grad_(True)
+        sum(x.sum() for x in out.values()).backward()
 
 
 def test_focus_draws_what_the_student_has_not_learned(teacher, tmp_path):
