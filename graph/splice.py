@@ -27,10 +27,19 @@ def splice(stage: Stage, before: Node, function: Callable[..., Any], *args: Any,
         return flat
 
     with fake_mode(stage), torch.no_grad():
-        traced = make_fx(over_nodes, tracing_mode="real", pre_dispatch=True)(*[n.meta["val"] for n in nodes])
+        traced = make_fx(over_nodes, tracing_mode="real", pre_dispatch=True)(*_apart([n.meta["val"] for n in nodes]))
     traced.graph.eliminate_dead_code()
     flat = _inline(stage, traced, before, nodes, like.meta if like else {})
     return tree_unflatten(flat, over_nodes.spec)  # type: ignore[attr-defined]
+
+
+def _apart(values: list[Any]) -> list[Any]:
+    """Tracing knows tensors by identity, and `retype` gives equal nodes of several layers one fake tensor: here every input has its own."""
+    seen: list[Any] = []
+    for value in values:
+        known = isinstance(value, torch.Tensor) and any(value is v for v in seen)
+        seen.append(value.detach() if known else value)
+    return seen
 
 
 def _inline(stage: Stage, traced: torch.fx.GraphModule, before: Node, inputs: list[Node], meta: dict[str, Any]) -> list[Any]:

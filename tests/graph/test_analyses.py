@@ -79,6 +79,14 @@ def test_verify_finds_a_wrong_kv_table(toy):
         verify(toy)
 
 
+def test_splice_keeps_inputs_apart_that_share_a_fake_tensor(toy):
+    """`retype` computes equal nodes of several layers once; tracing must not take one for the other."""
+    one, two = site(toy, 1), site(toy, 2)
+    two.hidden.meta["val"] = one.hidden.meta["val"]
+    difference = splice(toy["prefill"], two.first, lambda a, b: a - b, one.hidden, two.hidden)
+    assert difference.args[:2] == (one.hidden, two.hidden)
+
+
 def test_splice_inlines_and_retype_follows(toy):
     stage = toy["prefill"]
     logits = stage.output_nodes["logits"]
