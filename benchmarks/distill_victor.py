@@ -116,7 +116,7 @@ UNTRAINED = {"original": None, "attention8-k2-untrained": "drop-fastv{layer=2,ke
              "none-m0-k2-untrained": "victor{registers=0,layer=2}"}
 SHIPPED = {  # name in examples/testbed/learned -> the training whose weights it has
     "victor-8": "victor-m8-k2-focus",
-    "victor-blind-32": "blind-m32-k4",
+    "victor-blind-32": "blind-m32-k4-focus",
     "prefusion-8": "prefusion-m8-k2",
     "space-to-depth-36": "space-to-depth-36",
     "matryoshka-mix-36": "matryoshka-mix-36",
@@ -240,10 +240,11 @@ Made by `benchmarks/distill_victor.py` from `benchmarks/results/distill_victor.j
 layer at whose entry visual tokens leave; m: how many registers (or kept tokens) stay. Trained on unlabelled pictures ({sources} of them, about ten
 questions each) against the model's own answers; a row is a picture with all its questions, a step sees four of them. t0: registers alone; all others
 with adapters of rank 64 on every linear layer, merged afterwards (prefusion: copies of the first layers instead). elastic: one training for 4, 8, 16
-and 32 registers, each step draws one. long: 6,000 steps; focus: as many, half of their rows drawn by how far the student still was from the original.
+and 32 registers, each step draws one. long: 6,000 steps; focus: as many, half of their rows drawn by how far the student still was from the original,
+and of elastic ones the number of registers alike.
 attention8 is trained on questions alone, as it looks at them when it chooses, for about as many CPU seconds.
 Judged on labelled held-out items (other digits) by greedy decoding through ONNX Runtime. Intervals are Wilson's at 95%; one seed each. agreement:
-share of held-out questions that get the original's answer, the best evaluation, whose weights are judged (of elastic ones: with 8 registers).
+share of held-out questions that get the original's answer, the best evaluation, whose weights are judged (of elastic ones: with 8 registers; with focus: the mean of the four numbers).
 """
 
 
