@@ -244,7 +244,8 @@ and 32 registers, each step draws one. long: 6,000 steps; focus: as many, half o
 and of elastic ones the number of registers alike.
 attention8 is trained on questions alone, as it looks at them when it chooses, for about as many CPU seconds.
 Judged on labelled held-out items (other digits) by greedy decoding through ONNX Runtime. Intervals are Wilson's at 95%; one seed each. agreement:
-share of held-out questions that get the original's answer, the best evaluation, whose weights are judged (of elastic ones: with 8 registers; with focus: the mean of the four numbers).
+share of held-out questions that get the original's answer, the best evaluation, whose weights are judged (of elastic ones: with 8 registers; with
+focus: the mean of the four numbers).
 """
 
 
