@@ -10,7 +10,6 @@ nothing is computed twice, so what was dropped for the first question is gone fo
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from typing import Any
 
@@ -22,8 +21,8 @@ from benchmarks.measure import machine, save
 from examples.testbed import make_data
 from examples.testbed.dataset import score
 from examples.testbed.evaluate import CHECKPOINT
-from foveate.export.backends.eager import EagerEngine
 from foveate.graph.capture import capture
+from foveate.in_memory import in_memory
 from foveate.passes.pipeline import run
 from foveate.passes.recipe import load
 from foveate.runtime.session import Session
@@ -37,11 +36,7 @@ def recipes(keep: int) -> dict[str, str]:
 
 
 def session(program: Any, processor: Any) -> Session:
-    inputs = {stage: [{"name": n.meta["name"], "dtype": str(n.meta["val"].dtype).removeprefix("torch."),
-                       "shape": [d if isinstance(d, int) else str(d) for d in n.meta["val"].shape]}
-                      for n in program[stage].graph.nodes if n.op == "placeholder"] for stage in program.stages}
-    manifest = {"facts": dataclasses.asdict(program.facts), "components": {s: {"inputs": i} for s, i in inputs.items()}}
-    return Session(EagerEngine.of(program), processor, manifest, {"pad_token_id": 0})
+    return in_memory(program, processor, {"pad_token_id": 0})
 
 
 def measure(one: Session, items: list[Any]) -> dict[str, Any]:

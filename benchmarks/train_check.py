@@ -9,6 +9,7 @@ import copy
 import itertools
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,7 +37,7 @@ class Rows:
             row = Row(beginning, segments, 1, {}, {"image_features": torch.randn(g.visual, g.hidden, generator=draw)})
             logits = torch.randn(row.answers, g.vocab, generator=draw).log_softmax(-1)
             hidden = {l: torch.randn(row.texts, g.hidden, generator=draw) for l in layers}
-            self._rows.append(Row(beginning, segments, 1, {}, row.features, logits, None, hidden))
+            self._rows.append(replace(row, logits=logits, hidden=hidden))
 
     def rows(self, source: int) -> list[Any]:
         return [self._rows[source]]

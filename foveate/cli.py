@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .options import Json, Plugin, Quiet, Usage, load_plugins, pairs
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -35,10 +37,7 @@ Folder = Annotated[Path, typer.Argument(help="artifact folder")]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="name, YAML file, or inline: 'drop-fastv{layer=2,keep=64}'; none = no reduction")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe parameter: keep=32 or drop-fastv.layer=3")]
 OptOption = Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="option of the target, e.g. precision=float16")]
-Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 Pictures = Annotated[list[Path] | None, typer.Option("--image", "-i", help="picture file; may be repeated")]
-PluginOption = Annotated[list[Path] | None, typer.Option("--plugin", help="python file or folder that adds passes, families or targets")]
 
 
 @app.command()
@@ -57,7 +56,7 @@ def optimize(
     golden: Annotated[bool, typer.Option("--golden/--no-golden", help="keep a tiny example with its results, for `foveate check`")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="forecast only: no weights are read, nothing is lowered or written")] = False,
     save_recipe: Annotated[Path | None, typer.Option(help="write the recipe with its overrides to this YAML file")] = None,
-    plugin: PluginOption = None,
+    plugin: Plugin = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -65,10 +64,10 @@ def optimize(
     from .api import forecast, optimize_model
     from .passes.recipe import load
 
-    _plugins(plugin)
-    overrides, options = _pairs("--set", set_), _pairs("--option", option)
+    load_plugins(plugin)
+    overrides, options = pairs("--set", set_), pairs("--option", option)
     if output is None and not dry_run:
-        raise _Usage("optimize: no output folder; give one with -o, or --dry-run for the forecast alone")
+        raise Usage("optimize: no output folder; give one with -o, or --dry-run for the forecast alone")
     chosen = load(recipe, overrides)
     pictures = _open(image)
     with _Progress(quiet) as progress:
@@ -119,14 +118,14 @@ def run(
     extra: Annotated[list[str] | None, typer.Option("--extra", metavar="NAME=FILE", help="array for an input that a method asked for: text=vector.npy")] = None,
     overlay: Annotated[Path | None, typer.Option(help="PNG with the kept tokens drawn on the pictures")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="check the hashes of the artifact's files")] = True,
-    plugin: PluginOption = None,
+    plugin: Plugin = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Answer a prompt about pictures with an artifact, or with a policy over several."""
     from .runtime.policies import opened
 
-    _plugins(plugin)
+    load_plugins(plugin)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     options = {k: v for k, v in given.items() if v is not None} | ({"do_sample": True} if sample else {})
     with _Progress(quiet) as progress:
@@ -161,7 +160,7 @@ def bench(
     repeat: Annotated[int, typer.Option(help="timed repetitions")] = 10,
     warmup: Annotated[int, typer.Option(help="untimed repetitions before")] = 3,
     batch: Annotated[int, typer.Option(help="the same request this often")] = 1,
-    plugin: PluginOption = None,
+    plugin: Plugin = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -169,7 +168,7 @@ def bench(
     from .runtime.bench import Request, measure
     from .runtime.session import load
 
-    _plugins(plugin)
+    load_plugins(plugin)
     with _Progress(quiet) as progress:
         sessions = {}
         for name, path in (("artifact", artifact), ("baseline", baseline)):
@@ -216,12 +215,12 @@ def inspect(artifact: Folder, verify: Annotated[bool, typer.Option("--verify/--n
 
 
 @app.command()
-def passes(plugin: PluginOption = None, as_json: Json = False) -> None:
+def passes(plugin: Plugin = None, as_json: Json = False) -> None:
     """The catalogue of passes, from the classes themselves."""
     from .passes.base import SHAPES
     from .passes.catalogue import catalogue
 
-    _plugins(plugin)
+    load_plugins(plugin)
     rows = catalogue()
     if as_json:
         _json(rows)
@@ -257,11 +256,11 @@ def recipes(name: Annotated[str | None, typer.Argument(help="show this recipe as
 
 
 @app.command()
-def doctor(plugin: PluginOption = None, as_json: Json = False) -> None:
+def doctor(plugin: Plugin = None, as_json: Json = False) -> None:
     """Versions, ONNX Runtime providers, GPUs, and what each target can do on this machine."""
     from .doctor import diagnose
 
-    _plugins(plugin)
+    load_plugins(plugin)
     found = diagnose()
     if as_json:
         _json(found)
@@ -285,7 +284,7 @@ def dump(
     set_: SetOption = None,
     after: Annotated[str | None, typer.Option(help="the program right after this pass of the recipe (or after this pass with its defaults)")] = None,
     stage: Annotated[str | None, typer.Option(help="vision, prefill or decode; all when left out")] = None,
-    plugin: PluginOption = None,
+    plugin: Plugin = None,
     quiet: Quiet = False,
 ) -> None:
     """The captured and rewritten graphs as text (no weights are read)."""
@@ -293,12 +292,12 @@ def dump(
     from .graph.dump import dump as text
     from .passes.recipe import Recipe, load
 
-    _plugins(plugin)
-    chosen = load(recipe if recipe or not after else after, _pairs("--set", set_))
+    load_plugins(plugin)
+    chosen = load(recipe if recipe or not after else after, pairs("--set", set_))
     if after:
         names = [s.rewrite.name for s in chosen.steps]
         if after not in names:
-            raise _Usage(f"dump: pass {after!r} is not in recipe {chosen.name!r}; it has {', '.join(names)}")
+            raise Usage(f"dump: pass {after!r} is not in recipe {chosen.name!r}; it has {', '.join(names)}")
         chosen = Recipe(chosen.name, chosen.steps[: names.index(after) + 1])
     with _Progress(quiet) as progress:
         plan = forecast(model, chosen, progress=progress)
@@ -319,10 +318,6 @@ _policy(app)
 
 
 # -- small things
-
-
-class _Usage(Exception):
-    """Wrong usage that typer cannot see."""
 
 
 class _Progress:
@@ -349,33 +344,16 @@ class _Progress:
             err.print(f"{stage}: {line}", markup=False)
 
 
-def _plugins(paths: list[Path] | None) -> None:
-    from .plugins import load_plugin
-
-    for path in [*[Path(p) for p in os.environ.get("FOVEATE_PLUGINS", "").split(os.pathsep) if p], *(paths or [])]:
-        load_plugin(path)
-
-
-def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:
-    found = {}
-    for text in given or []:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise _Usage(f"{flag} {text!r}: write it as KEY=VALUE")
-        found[key.strip()] = value.strip()
-    return found
-
-
 def _arrays(given: list[str] | None) -> dict[str, Any]:
     """NAME=FILE.npy -> arrays; nothing that could run code is read."""
     import numpy as np
 
     found = {}
-    for name, path in _pairs("--extra", given).items():
+    for name, path in pairs("--extra", given).items():
         try:
             found[name] = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise _Usage(f"--extra {name}: {path} cannot be read as a .npy array ({_one_line(error)})") from None
+            raise Usage(f"--extra {name}: {path} cannot be read as a .npy array ({_one_line(error)})") from None
     return found
 
 
@@ -429,7 +407,7 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        raise _Usage(f"cannot write {path}: {error.strerror or error}") from None
+        raise Usage(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _json(value: Any) -> None:
@@ -463,7 +441,7 @@ def execute(arguments: list[str] | None = None) -> int:
         return _complain("interrupted; nothing half-written was left behind", 130)
     except typer.Exit as done:
         return done.exit_code
-    except _Usage as error:
+    except Usage as error:
         return _complain(str(error), 2)
     except FoveateError as error:
         _trace()

@@ -14,16 +14,13 @@ from typing import Annotated, Any
 import typer
 
 from .graph.errors import FoveateError
+from .options import Json, Limit, Mapped, Plugin, Quiet, load_plugins
 from .runtime.errors import GateError
 
 Data = Annotated[Path | None, typer.Option("--data", "-d", help="data set: a folder with items.jsonl, or a file and --mapping")]
-Mapped = Annotated[str | None, typer.Option("--mapping", help="vqav2, textvqa, docvqa, chartqa, pope, mmmu, or a YAML file")]
-Limit = Annotated[int | None, typer.Option("--limit", help="only the first items")]
 Batch = Annotated[int, typer.Option("--batch", help="items at a time; results depend on it in the last bits")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="longest answer")]
 Logits = Annotated[bool, typer.Option("--logits", help="save the first token's log-probabilities, for the agreement figures")]
-Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 Work = Annotated[Path, typer.Option("--work", help="folder of the per-item results; an interrupted run goes on from there")]
 
 GAP_ITEMS = 32  # on which the log-likelihood gap is measured
@@ -409,9 +406,7 @@ def bisect(
     error: Annotated[float, typer.Option(help="largest relative difference of a lowering")] = 0.02,
     floor: Annotated[float, typer.Option(help="share of equal tokens below which a pass may be called broken")] = 0.85,
     drop: Annotated[float, typer.Option(help="loss of equal tokens at one pass that is called a break")] = 0.1,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", help="python file or folder that adds passes, families or targets")
-    ] = None,
+    plugin: Plugin = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -420,14 +415,13 @@ def bisect(
     """
     import tempfile
 
-    from .cli import _plugins
     from .runtime.bisect import Limits
     from .runtime.bisect import bisect as walk
     from .runtime.datasets import load_items
     from .walk import steps
 
     limits, items = Limits(error, floor, drop), load_items(data, mapping, limit)
-    _plugins(plugin)
+    load_plugins(plugin)
     with tempfile.TemporaryDirectory(prefix="foveate-bisect-") as folder:
         found = walk(steps(artifact, model, items[0].pictures(), Path(folder), _line(quiet)), items, limits, _line(quiet))
     _json(found.as_dict()) if as_json else _say(str(found))
@@ -437,18 +431,17 @@ def bisect(
 def check(
     artifact: Annotated[Path, typer.Argument(help="artifact folder")],
     limit: Annotated[float | None, typer.Option(help="largest relative difference of every output; default: by the artifact's precision")] = None,
-    plugin: Annotated[list[Path] | None, typer.Option("--plugin", help="python file or folder that adds targets")] = None,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Replay the golden files of an artifact on this machine: 0 as when it was made, 1 numbers differ, 3 it cannot run here."""
-    from .cli import _plugins
     from .export.artifact import Artifact
     from .export.backends.base import find
     from .runtime import golden
 
     if limit is not None and not 0 < limit < 1:
         raise GateError(f"check: limit is {limit:g}; it must lie between 0 and 1")
-    _plugins(plugin)
+    load_plugins(plugin)
     loaded = Artifact.load(artifact)
     engine = find(loaded.target).open(loaded)
     try:

@@ -9,16 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .graph.errors import FoveateError
+from .options import Json, Limit, Mapped, Plugin, Quiet, Usage, load_plugins, pairs
 
 Data = Annotated[Path, typer.Option("--data", "-d", help="pictures and questions: a folder with items.jsonl, or a file and --mapping; labels are not read")]
-Mapped = Annotated[str | None, typer.Option("--mapping", help="vqav2, textvqa, docvqa, chartqa, pope, mmmu, or a YAML file")]
-Limit = Annotated[int | None, typer.Option("--limit", help="only the first items")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
-Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Dtype = Annotated[str, typer.Option(help="of the loaded weights: float32, bfloat16")]
 Device = Annotated[str, typer.Option(help="where the model is loaded and everything is computed: cpu, cuda")]
-Plugin = Annotated[list[Path] | None, typer.Option("--plugin", help="python file or folder that adds passes or families")]
 DTYPES = ("float32", "bfloat16")
 
 
@@ -51,9 +46,9 @@ def train(
     from .passes.recipe import load as load_recipe
     from .runtime.datasets import load_items
 
-    _plugins(plugin)
-    config = settings_of(None, {k: yaml.safe_load(v) for k, v in _pairs("--option", option).items()})
-    chosen, items = load_recipe(recipe, _pairs("--set", set_)), load_items(data, mapping, limit)
+    load_plugins(plugin)
+    config = settings_of(None, {k: yaml.safe_load(v) for k, v in pairs("--option", option).items()})
+    chosen, items = load_recipe(recipe, pairs("--set", set_)), load_items(data, mapping, limit)
     program, processor = _captured(model, dtype, device)
     with Bar(quiet, config.steps) as bar:
         done = distill(program, items, chosen, processor=processor, output=output, settings=config, cache=cache, weights=weights, progress=bar)
@@ -140,32 +135,10 @@ def _captured(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     from .graph.families import load_model
 
     if dtype not in DTYPES:
-        raise _usage(f"--dtype {dtype}: it is none of {', '.join(DTYPES)}")
-    if device != "cpu" and not (device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
-        raise _usage(f"--device {device}: torch sees {f'{torch.cuda.device_count()} CUDA devices' if torch.cuda.is_available() else 'no CUDA device'} here")
+        raise Usage(f"--dtype {dtype}: it is none of {', '.join(DTYPES)}")
+    gpus = torch.cuda.device_count()
+    if device != "cpu" and not (gpus and device.partition(":")[0] == "cuda"):
+        raise Usage(f"--device {device}: possible are cpu{' and cuda' if gpus else ''}; torch sees {gpus or 'no'} CUDA devices here")
     place = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
     loaded, processor = load_model(model, dtype=getattr(torch, dtype), device=place)
     return capture(loaded, processor), processor
-
-
-def _plugins(paths: list[Path] | None) -> None:
-    from .plugins import load_plugin
-
-    for path in paths or []:
-        load_plugin(path)
-
-
-def _pairs(flag: str, texts: list[str] | None) -> dict[str, str]:
-    found = {}
-    for text in texts or []:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise _usage(f"{flag} {text!r}: write it as KEY=VALUE")
-        found[key.strip()] = value.strip()
-    return found
-
-
-def _usage(text: str) -> FoveateError:
-    error = FoveateError(text)
-    error.exit_code = 2  # type: ignore[attr-defined]
-    return error

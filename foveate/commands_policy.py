@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands_learn import Data, Json, Limit, Mapped, Quiet, _pairs, _usage
+from .commands_learn import Data
+from .options import Json, Limit, Mapped, Quiet, Usage, pairs
 
 
 def register(app: typer.Typer) -> None:
@@ -40,10 +41,10 @@ def policy(
     from .runtime.session import load
 
     if kind not in KINDS:
-        raise _usage(f"policy: no kind {kind!r}; there are {', '.join(KINDS)}")
-    chosen, options = KINDS[kind], _pairs("--set", set_)
+        raise Usage(f"policy: no kind {kind!r}; there are {', '.join(KINDS)}")
+    chosen, options = KINDS[kind], pairs("--set", set_)
     if unknown := sorted(set(options) - set(chosen.settings)):
-        raise _usage(f"--set {unknown[0]}: {kind} has {', '.join(chosen.settings)}")
+        raise Usage(f"--set {unknown[0]}: {kind} has {', '.join(chosen.settings)}")
     items = load_items(data, mapping, limit)
     with ExitStack() as stack:
         buckets = [stack.enter_context(load(a)) for a in artifacts]

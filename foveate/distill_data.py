@@ -26,8 +26,9 @@ from .distill_error import DistillError
 from .distill_view import ANSWERS, SEGMENT, TEXTS, trainable, training_view
 from .export.artifact import Artifact
 from .export.backends.base import find
-from .export.backends.eager import EagerEngine
 from .graph.program import Program
+from .in_memory import in_memory
+from .passes.insert import reference
 from .runtime import prompts
 from .runtime.batch import Batch, Layout, assemble, image_groups, lay_out
 from .runtime.context import compressed
@@ -229,14 +230,13 @@ class Teacher:
 
     def _session(self, path: Path) -> Session:
         """What answers: an artifact where its target takes the program, else the program where it is (half precision on a CPU, any on a GPU)."""
-        backend, kv = find(self.making.target), [asdict(e) for e in self.program.kv]
-        on_cpu = all(t.device.type == "cpu" for _, t in self.program.parameters())
-        if not on_cpu or backend.check(self.program, backend.settings({})):
-            engine = EagerEngine.of(self.program)
-            return Session(engine, self.processor, {"facts": json.loads(json.dumps(self.facts)), "kv": kv, "components": engine.parts})
+        backend = find(self.making.target)
+        if reference(self.program).device.type != "cpu" or backend.check(self.program, backend.settings({})):
+            return in_memory(self.program, self.processor)
         with Artifact.create(path) as draft:
             components = backend.lower(self.program, draft.folder, backend.settings({}))
-            draft.manifest.update(target=self.making.target, facts=json.loads(json.dumps(self.facts)), kv=kv, components=components)
+            table, facts = [asdict(e) for e in self.program.kv], json.loads(json.dumps(self.facts))
+            draft.manifest.update(target=self.making.target, facts=facts, kv=table, components=components)
         artifact = Artifact.load(path)
         return Session(backend.open(artifact), self.processor, artifact.manifest)
 
@@ -311,11 +311,7 @@ class Teacher:
         if missing:
             raise DistillError(f"distill: the vision stage takes {missing}, which this processor does not make; it makes {sorted(sample.vision)}")
         with torch.no_grad():
-            feeds = {n: torch.as_tensor(sample.vision[n]) for n in self.see.inputs}
-            return {n: small(x) for n, x in self.see({n: x.reshape(-1, *x.shape[-self._rank(n) + 1:]) for n, x in feeds.items()}).items()}
-
-    def _rank(self, name: str) -> int:
-        return self.program["vision"].placeholder(name).meta["val"].dim()
+            return {n: small(x) for n, x in self.see({n: self.see.rows(n, sample.vision[n]) for n in self.see.inputs}).items()}
 
     def _answers(self, samples: Sequence[Any], starts: Sequence[int], feats: Mapping[str, Tensor]) -> list[np.ndarray]:
         """Greedy, until the end token or `max_new_tokens`; in batches over the artifact. Where attention is causal, what questions share is read once."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .distill_data import Cache, Row, collate
 from .distill_error import DistillError
 from .distill_loss import Target, agreeing, divergences, gaps, hidden_error, kl, target
-from .distill_view import trainable
+from .distill_view import Named, trainable
 from .graph.program import Program
 from .passes.insert import PREFIX, save_weights
 
@@ -89,9 +89,9 @@ class Student:
 
     name: str
     facts: Mapping[str, Any]
-    full: nn.Module
-    vision: nn.Module | None = None
-    stitched: nn.Module | None = None
+    full: Named
+    vision: Named | None = None
+    stitched: Named | None = None
 
     @classmethod
     def of(cls, name: str, view: Program, hidden: Sequence[int], own_vision: bool, stitch: int = 0) -> Student:
@@ -105,13 +105,8 @@ class Student:
         return (self.stitched if stitched else self.full)(feeds)  # type: ignore[misc]
 
     def _see(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        arrays = {n: torch.cat([torch.as_tensor(r.vision[n]).reshape(-1, *r.vision[n].shape[-self._rank(n) + 1 :]) for r in rows])
-                  for n in self.vision.inputs}  # type: ignore[union-attr]
+        arrays = {n: torch.cat([self.vision.rows(n, r.vision[n]) for r in rows]) for n in self.vision.inputs}  # type: ignore[union-attr]
         return self.vision(arrays)  # type: ignore[misc]
-
-    def _rank(self, name: str) -> int:
-        node = next(n for n in self.vision.module.graph.nodes if n.op == "placeholder" and n.meta.get("name", n.name) == name)  # type: ignore[union-attr]
-        return node.meta["val"].dim()
 
     def _with_features(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Feeds whose features are the student's own, with their gradient."""
@@ -295,10 +290,11 @@ class Trainer:
     def choose(self, step: int) -> int:
         """Which student a step trains: the planned one or, for `focus` of the steps, one of those that are served, by how far each is: few registers
         need more steps than many."""
-        planned, rng = self.plan(step), np.random.default_rng([self.settings.seed, step, 2])
-        if self.served == 1 or planned >= self.served or rng.random() >= self.settings.focus:
+        planned = self.plan(step)
+        if self.served == 1 or planned >= self.served:
             return planned
-        return int(rng.choice(self.served, p=_shares(self.far)))
+        rng = np.random.default_rng([self.settings.seed, step, 2])
+        return planned if rng.random() >= self.settings.focus else int(rng.choice(self.served, p=_shares(self.far)))
 
     # ---- judging
 
@@ -406,8 +402,6 @@ def _shares(gap: np.ndarray) -> np.ndarray:
 
 
 def _to(to: Target, device: torch.device) -> Target:
-    if device.type == "cpu":
-        return to
     return Target(to.logits.to(device), None if to.index is None else to.index.to(device), to.answer.to(device), to.wanted.to(device),
                   {l: h.to(device) for l, h in to.hidden.items()}, to.text.to(device), to.answers, to.texts)
 

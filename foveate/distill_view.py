@@ -86,7 +86,7 @@ def _pack(stage: Stage, first: Node, segment: Node, valid: Node) -> None:
         node.args = (*node.args[:3], mask, *node.args[4:])
 
 
-def trainable(stage: Stage, outputs: Sequence[str]) -> nn.Module:
+def trainable(stage: Stage, outputs: Sequence[str]) -> Named:
     """The stage as a module of torch's own differentiable operators that returns only these outputs, as a dict from keyword inputs."""
     stage = stage.clone()
     found = stage.output_nodes
@@ -109,11 +109,14 @@ class Named(nn.Module):
     def __init__(self, module: GraphModule, inputs: list[str], outputs: list[str]) -> None:
         super().__init__()
         self.module, self.inputs, self.outputs = module, inputs, outputs
-        vals = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-        self.types = [(v.device, v.dtype) for v in vals]
+        self.like = dict(zip(inputs, (n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"), strict=True))
+
+    def rows(self, name: str, array: Any) -> Tensor:
+        """The processor's array for an input, in its rank: some processors nest [samples, images, ...]."""
+        return torch.as_tensor(array).reshape(-1, *array.shape[-self.like[name].dim() + 1 :])
 
     def forward(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-        given = [feeds[n].to(*kind) for n, kind in zip(self.inputs, self.types, strict=True)]
+        given = [feeds[n].to(like.device, like.dtype) for n, like in self.like.items()]
         return dict(zip(self.outputs, self.module(*given), strict=True))
 
 
@@ -126,13 +129,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_pos: Tenso
         mask = mask[:, None, None, :]
     if causal:
         order = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        mask = order if mask is None else mask & order if mask.dtype == torch.bool else mask.masked_fill(~order, hidden(mask.dtype))
+        mask = order if mask is None else mask & order if mask.dtype == torch.bool else mask.masked_fill(~order, unseen(mask.dtype))
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, hidden(q.dtype))
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, unseen(q.dtype))
     y = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
 
 
-def hidden(kind: torch.dtype) -> float:
+def unseen(kind: torch.dtype) -> float:
     """The logit of a key that is not seen: finite in this type, with room for a logit beside it."""
     return max(-1e30, torch.finfo(kind).min / 2)

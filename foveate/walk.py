@@ -14,10 +14,10 @@ from typing import Any
 from .api import DTYPES, Plan, build, make_plan
 from .export.artifact import Artifact
 from .export.backends.base import find
-from .export.backends.eager import EagerEngine
 from .export.errors import LowerError
 from .export.precision import to_precision
 from .graph.program import Program
+from .in_memory import in_memory
 from .passes.pipeline import run
 from .passes.recipe import Recipe
 from .passes.recipe import load as load_recipe
@@ -87,14 +87,7 @@ def _fill(program: Program, path: Path) -> None:
 
 
 def _session(plan: Plan, program: Program) -> Session:
-    """The program in plain torch, in memory. The runtime speaks numpy, which has no bfloat16: it hands over float32."""
-    engine = EagerEngine.of(program)
-    sides = {
-        stage: {side: [{**x, "dtype": "float32" if x["dtype"] == "bfloat16" else x["dtype"]} for x in values] for side, values in part.items()}
-        for stage, part in engine.parts.items()
-    }
-    manifest = {"target": "eager", "facts": vars(program.facts), "components": sides, "kv": []}
-    return Session(engine, plan.processor, manifest, plan.model.generation_config.to_dict())
+    return in_memory(program, plan.processor, plan.model.generation_config.to_dict())
 
 
 def _built(plan: Plan, program: Program, path: Path) -> Session:

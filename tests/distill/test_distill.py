@@ -505,7 +505,7 @@ def test_an_optimized_model_needs_its_weights(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_the_command_line(tmp_path, capsys):
+def test_the_command_line(tmp_path, capsys, monkeypatch):
     """distill on a data set's folder, then exits; a wrong setting is one sentence and exit code 2."""
     from foveate.cli import execute
 
@@ -526,6 +526,11 @@ def test_the_command_line(tmp_path, capsys):
     assert said["steps"] == 6 and Path(said["weights"]).is_file() and "layer: 2" in Path(said["recipe"]).read_text()
     assert execute([*command, "--option", "stepz=1"]) == 2
     assert "no setting 'stepz'" in capsys.readouterr().err
+    assert execute([*command, "--dtype", "float16"]) == 2
+    assert "--dtype float16: it is none of float32, bfloat16" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert execute([*command, "--device", "cuda"]) == 2
+    assert "--device cuda: possible are cpu; torch sees no CUDA devices here" in capsys.readouterr().err
     assert execute(["exits", str(checkpoints.tiny_llava()), *data, "--limit", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["questions"] == 2
 
