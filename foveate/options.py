@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,8 @@ def pairs(flag: str, given: list[str] | None) -> dict[str, str]:
 
 
 def load_plugins(paths: list[Path] | None) -> None:
+    """Those of the environment variable FOVEATE_PLUGINS, and these."""
     from .plugins import load_plugin
 
-    for path in paths or []:
+    for path in [*[Path(p) for p in os.environ.get("FOVEATE_PLUGINS", "").split(os.pathsep) if p], *(paths or [])]:
         load_plugin(path)

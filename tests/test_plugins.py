@@ -104,6 +104,12 @@ def test_a_method_and_a_target_from_a_folder(tmp_path, picture):
     assert without.returncode == 3 and "no target 'toy-target'" in without.stderr
 
 
+def test_the_environment_names_plugins_for_training_too(tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1")
+    got = foveate("distill", tiny_llava(), "-r", "victor", "-d", tmp_path, "-o", tmp_path / "run", FOVEATE_PLUGINS=str(tmp_path / "empty.py"))
+    assert got.returncode and "empty.py added nothing" in got.stderr, got.stderr
+
+
 def test_a_family_from_a_file(tmp_path):
     folder = tmp_path / "toy"
     folder.mkdir()
